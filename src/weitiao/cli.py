@@ -1,0 +1,230 @@
+"""The command line: each verb parses its arguments, makes one library call and prints the result.
+
+Libraries that load torch are imported inside the verbs that need them, so that `check` answers in a blink.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import DataError, WeitiaoError
+
+app = typer.Typer(
+    name="weitiao",
+    help="Fine-tune open language models on your own labelled rows; get a model that answers in the form you labelled.\n\n"
+    "A first run: weitiao init rows.jsonl --model starter, then weitiao train recipe.yaml, "
+    "then weitiao evaluate runs/rows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, as written by: weitiao init")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the recipe, such as train.epochs=5 name=second-try")
+]
+RunArgument = Annotated[Path, typer.Argument(help="A finished run, such as runs/rows")]
+BaseModel = Annotated[
+    str | None, typer.Option("--base-model", help="Where the base model lies now, if it was moved since training.")
+]
+
+MAX_PROBLEMS = 200
+"""Problems printed at most; the count is always whole."""
+
+
+@contextmanager
+def _reporting_errors() -> Iterator[None]:
+    """Print a user's error as its sentence and leave with code 2; Ctrl-C leaves with code 130."""
+    try:
+        yield
+    except DataError as error:
+        err.print(str(error).splitlines()[0] if error.problems else str(error), style="bold red", highlight=False)
+        for problem in error.problems[:MAX_PROBLEMS]:
+            err.print(f"  {problem}", highlight=False, markup=False, soft_wrap=True)
+        if len(error.problems) > MAX_PROBLEMS:
+            err.print(f"  … and {len(error.problems) - MAX_PROBLEMS} more.")
+        raise typer.Exit(2) from None
+    except WeitiaoError as error:
+        err.print(str(error), style="bold red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        err.print("Stopped.")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def init(
+    rows: Annotated[list[str], typer.Argument(help="One or more .jsonl files of labelled rows.")],
+    model: Annotated[
+        str, typer.Option(help="A folder, a Hugging Face id, modelscope:OWNER/NAME, or starter (Gemma 3 270M).")
+    ] = "starter",
+    dev: Annotated[
+        list[str] | None, typer.Option(help="A file of rows to score on; without it a tenth of the rows is set apart.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the recipe.")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is there.")] = False,
+) -> None:
+    """Look at your rows, say what was understood, and write a commented recipe.
+
+    Rows are JSON lines: {"context": "Instruction: …\\nInput: question\\n\\ntext\\nAnswer: ", "target": "…"} or
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}.
+    """
+    from .init import describe_tasks, init_recipe
+
+    with _reporting_errors():
+        draft = init_recipe(rows, model=model, dev=dev or (), out=output, overwrite=force)
+    for line in describe_tasks(draft.dataset):
+        out.print(f"• {line}", highlight=False, markup=False)
+    for note in draft.dataset.notes:
+        out.print(f"note: {note}", highlight=False, markup=False)
+    out.print(f"Wrote {draft.path}. Next: weitiao check {draft.path}, then weitiao train {draft.path}", highlight=False)
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A recipe, or a .jsonl file of rows.")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Name every problem of the data at once, in seconds, without loading a model.
+
+    Ends with code 0 when the data can be trained on, 2 when it cannot.
+    """
+    from .dataset import load_dataset
+    from .init import describe_tasks
+    from .recipe import load_recipe, make_recipe
+
+    with _reporting_errors():
+        if path.suffix in (".yaml", ".yml"):
+            recipe = load_recipe(path, overrides or ())
+        else:
+            recipe = make_recipe({"name": path.stem, "model": "starter", "data": {"train": str(path), "heldout": 0}})
+        try:
+            dataset = load_dataset(recipe)
+        except DataError as error:
+            if as_json:
+                found = [{"source": p.source, "field": p.field, "message": p.message, "fix": p.fix} for p in error.problems]
+                print(json.dumps({"ok": False, "message": str(error).splitlines()[0], "problems": found}, ensure_ascii=False))
+            raise
+    if as_json:
+        rows = {name: {"train": train, "dev": dev} for name, (train, dev) in dataset.count_rows().items()}
+        print(json.dumps({"ok": True, "tasks": rows, "notes": dataset.notes, "problems": []}, ensure_ascii=False))
+        return
+    for line in describe_tasks(dataset):
+        out.print(f"• {line}", highlight=False, markup=False)
+    for note in dataset.notes:
+        out.print(f"note: {note}", style="yellow", highlight=False, markup=False)
+    out.print(f"No problems in {len(dataset.train)} train and {len(dataset.dev)} dev rows.", style="green")
+
+
+@app.command()
+def show(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    number: Annotated[int, typer.Option("-n", "--number", min=1, help="How many examples of each task.")] = 3,
+) -> None:
+    """Show rendered examples: grey is what the model reads, green is what it learns to write."""
+    from .dataset import load_dataset
+    from .models.families import open_renderer
+    from .recipe import load_recipe
+    from .render.preview import colour_example
+
+    with _reporting_errors():
+        loaded = load_recipe(recipe, overrides or ())
+        dataset = load_dataset(loaded)
+        renderer = open_renderer(loaded.model.path)
+        for task in dataset.tasks:
+            rows = [record for record, its in zip(dataset.train, dataset.train_tasks, strict=True) if its is task]
+            for record in rows[:number]:
+                example = renderer.render_example(record.messages, task.write_target(record))
+                out.rule(f"{task.name} · {record.source} · {len(example)} tokens, {example.num_supervised} learnt")
+                out.print(colour_example(example, renderer), soft_wrap=True)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+) -> None:
+    """Tune the model; the result goes to runs/NAME. Ctrl-C saves and leaves, twice leaves at once."""
+    from .recipe import load_recipe
+
+    with _reporting_errors():
+        loaded = load_recipe(recipe, overrides or ())
+        from .dataset import load_dataset
+
+        load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
+        from .tune import tune
+
+        tune(loaded, resume=resume, console=err)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data: Annotated[Path | None, typer.Option(help="Another file of labelled rows; by default the run's dev rows.")] = None,
+    base: Annotated[
+        bool | None, typer.Option("--base/--no-base", help="Score the base model as well; by default as the recipe says.")
+    ] = None,
+    base_model: BaseModel = None,
+) -> None:
+    """Score the tuned model against its base model, task by task; write JSON, Markdown and an HTML page."""
+    with _reporting_errors():
+        from .apply import evaluate_run
+
+        evaluation = evaluate_run(run, data=data, base=base, base_model=base_model, console=err)
+    table = Table("task", "rows", "metric", *(["base"] if evaluation.base else []), "tuned", "95 %", "in form")
+    bases = {score.task: score for score in evaluation.base}
+    for score in evaluation.tuned:
+        if not score.rows:
+            continue
+        low, high = score.intervals.get(score.primary, (float("nan"), float("nan")))
+        before = [f"{bases[score.task].metrics[score.primary]:.3f}"] if evaluation.base else []
+        now = f"{score.metrics[score.primary]:.3f}"
+        valid = f"{score.metrics['valid']:.1%}"
+        table.add_row(score.task, str(score.rows), score.primary, *before, now, f"{low:.3f}–{high:.3f}", valid)
+    out.print(table)
+    for file in evaluation.files:
+        out.print(str(file), highlight=False)
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    rows: Annotated[Path, typer.Argument(help="A .jsonl file of rows; they need no answer of their own.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the answers, one JSON line per row.")],
+    base_model: BaseModel = None,
+) -> None:
+    """Answer every row with the tuned model. A broken-off prediction goes on where it stopped."""
+    with _reporting_errors():
+        from .apply import predict_file
+
+        count, valid = predict_file(run, rows, output, base_model=base_model, console=err)
+    out.print(f"{count} answers in {output}, {valid} of them ({valid / count:.1%}) in the labelled form.", highlight=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes: every key, its meaning and default; editors complete and check with it."""
+    from .recipe import recipe_schema
+
+    print(json.dumps(recipe_schema(), ensure_ascii=False, indent=2))
+
+
+def main() -> None:
+    """Entry point of the command `weitiao`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Labelled rows → validated records; nothing about tokens or torch."""
+
+# What a row becomes, and which shapes of rows are understood
+from weitiao.data.formats import FORMATS, Record, Target, recognise_format
+
+# From files
+from weitiao.data.records import digest_records, iter_records_or_problems, read_records
+
+__all__ = [
+    "FORMATS",
+    "Record",
+    "Target",
+    "digest_records",
+    "iter_records_or_problems",
+    "read_records",
+    "recognise_format",
+]

@@ -1,0 +1,68 @@
+"""What is wrong with a set of rows as data: contradictions, repeats, and scoring rows that were trained on.
+
+Knows records only; whether answers have their task's form is checked where forms are known.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+
+from ..errors import Problem
+from .records import Record
+
+
+def input_key(record: Record) -> tuple[tuple[str, str], ...]:
+    """What makes two rows the same question: every message, surrounding blanks aside."""
+    return tuple((message.role, message.text.strip()) for message in record.messages)
+
+
+def _target_key(record: Record) -> str:
+    return json.dumps(record.target, ensure_ascii=False) if not isinstance(record.target, str) else record.target.strip()
+
+
+def find_contradictions(records: Sequence[Record]) -> list[Problem]:
+    """Rows with one input and different answers: no model can learn both."""
+    first: dict[tuple[tuple[str, str], ...], Record] = {}
+    problems = []
+    for record in records:
+        known = first.setdefault(input_key(record), record)
+        if known is not record and _target_key(known) != _target_key(record):
+            problems.append(
+                Problem(
+                    source=record.source,
+                    field="target",
+                    message=f"{_short(record)} answers the input of {known.source}, "
+                    f"which is answered {_short(known)} there.",
+                    fix="Keep the right one of the two rows.",
+                )
+            )
+    return problems
+
+
+def find_repeats(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
+    """Rows given more than once with one answer: ``(first source, the other sources)``."""
+    sources: defaultdict[tuple[object, str], list[str]] = defaultdict(list)
+    for record in records:
+        sources[input_key(record), _target_key(record)].append(record.source)
+    return [(found[0], found[1:]) for found in sources.values() if len(found) > 1]
+
+
+def find_leaks(train: Sequence[Record], dev: Sequence[Record]) -> list[Problem]:
+    """Scoring rows whose input is trained on: their score would show memory, not skill."""
+    trained = {input_key(record): record.source for record in reversed(train)}
+    return [
+        Problem(
+            source=record.source,
+            field="row",
+            message=f"This dev row has the same input as the train row {trained[input_key(record)]}.",
+            fix="Remove it from one of the two files.",
+        )
+        for record in dev
+        if input_key(record) in trained
+    ]
+
+
+def _short(record: Record) -> str:
+    return repr(_target_key(record)[:40])

@@ -1,0 +1,182 @@
+"""The data of a recipe, read, split, understood and checked: what `check` shows and `train` starts from.
+
+Brings rows, tasks and the recipe together; knows nothing of tokens or torch, so that it answers in a blink.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .data.checks import find_contradictions, find_leaks, find_repeats
+from .data.mixture import Split, read_split
+from .data.records import Record, digest_records
+from .errors import DataError, FormError, Problem, RecipeError
+from .recipe import Data, DeclaredTask, Recipe
+from .tasks.base import Task, assign_task, infer_tasks
+from .tasks.forms import AnswerForm, Field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dataset:
+    """Rows with their tasks."""
+
+    train: tuple[Record, ...]
+    weights: tuple[float, ...]
+    dev: tuple[Record, ...]
+    tasks: tuple[Task, ...]
+    train_tasks: tuple[Task, ...]
+    """For each train row, its task."""
+    dev_tasks: tuple[Task, ...]
+    notes: tuple[str, ...]
+    """What the user should know though nothing is wrong with it: repeats, rewritten answers, rare labels."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all rows, in order, train and dev apart."""
+        return hashlib.sha256(f"{digest_records(self.train)}/{digest_records(self.dev)}".encode()).hexdigest()
+
+    def count_rows(self) -> dict[str, tuple[int, int]]:
+        """``{task: (train rows, dev rows)}``."""
+        train = Counter(task.name for task in self.train_tasks)
+        dev = Counter(task.name for task in self.dev_tasks)
+        return {task.name: (train[task.name], dev[task.name]) for task in self.tasks}
+
+
+def load_dataset(recipe: Recipe) -> Dataset:
+    """The recipe's data, ready to train on.
+
+    Raises:
+        DataError: every row that cannot be used, every answer without its task's form, every contradiction and
+            every dev row that is also trained on, all at once.
+    """
+    split = _read(recipe.data, recipe.train.seed)
+    return understand(split, recipe.tasks)
+
+
+def _read(data: Data, seed: int) -> Split:
+    return read_split(
+        [(source.path, source.weight) for source in data.train],
+        [source.path for source in data.dev],
+        heldout=data.heldout,
+        seed=seed,
+    )
+
+
+def understand(split: Split, declared: Sequence[DeclaredTask] = ()) -> Dataset:
+    """Find the tasks of the rows in `split` and check every row against them. Raises DataError as `load_dataset`."""
+    rows = [*split.train, *split.dev]
+    tasks = _merge(infer_tasks(rows), declared)
+    problems = [*find_contradictions(split.train), *find_contradictions(split.dev), *find_leaks(split.train, split.dev)]
+    assigned: dict[int, Task] = {}
+    rewritten: list[str] = []
+    for record in rows:
+        task = assign_task(record, tasks)
+        if isinstance(task, Problem):
+            problems.append(task)
+            continue
+        assigned[id(record)] = task
+        try:
+            written = task.write_target(record)
+        except FormError as error:
+            problems.append(_misfit(record, task, error))
+            continue
+        if isinstance(record.target, str) and written != record.target:
+            rewritten.append(record.source)
+    if problems:
+        bad = len({problem.source for problem in problems})
+        raise DataError(f"{bad} of {len(rows)} rows cannot be trained on as they are.", sorted(problems, key=_place))
+    return Dataset(
+        train=split.train,
+        weights=split.weights,
+        dev=split.dev,
+        tasks=tasks,
+        train_tasks=tuple(assigned[id(record)] for record in split.train),
+        dev_tasks=tuple(assigned[id(record)] for record in split.dev),
+        notes=tuple(_notes(split, assigned, rewritten)),
+    )
+
+
+def _misfit(record: Record, task: Task, error: FormError) -> Problem:
+    return Problem(
+        source=record.source,
+        field="target",
+        message=f"The answer does not have the form of the other {task.name} answers ({task.form.describe()[:120]}): "
+        f"{error}",
+        fix="Mend the answer, or give the row another task in its task field.",
+    )
+
+
+def _place(problem: Problem) -> tuple[str, int]:
+    path, _, line = problem.source.rpartition(":")
+    number = line.removeprefix("row ").strip()
+    return path, int(number) if number.isdigit() else 0
+
+
+def _notes(split: Split, assigned: dict[int, Task], rewritten: Sequence[str]) -> list[str]:
+    notes = []
+    for name, records in (("train", split.train), ("dev", split.dev)):
+        repeats = find_repeats(records)
+        if repeats:
+            shown = "; ".join(f"{first} = {', '.join(others[:3])}" for first, others in repeats[:3])
+            notes.append(f"{len(repeats)} {name} rows are given more than once: {shown}.")
+    if rewritten:
+        notes.append(
+            f"{len(rewritten)} answers are spelled differently from the others of their task and will be trained in "
+            f"the common spelling: {', '.join(rewritten[:5])}."
+        )
+    for task in {id(t): t for t in assigned.values()}.values():
+        if task.form.labels:
+            seen = Counter(label for r in split.train if assigned[id(r)] is task for label in _labels(task, r))
+            unseen = [label for label in task.form.labels if not seen[label]]
+            if unseen:
+                notes.append(f"Labels of {task.name} that only dev rows have: {', '.join(unseen)}.")
+    return notes
+
+
+def _labels(task: Task, record: Record) -> list[str]:
+    gold = task.gold(record)
+    return gold if isinstance(gold, list) else [gold]
+
+
+def _merge(inferred: Sequence[Task], declared: Sequence[DeclaredTask]) -> tuple[Task, ...]:
+    """The inferred tasks with those declared by hand in their place or added."""
+    by_name = {task.name: task for task in inferred}
+    for entry in declared:
+        known = by_name.get(entry.name)
+        by_name[entry.name] = Task(
+            name=entry.name,
+            form=_declared_form(entry, known.form if known is not None and known.form.shape == entry.shape else None),
+            wordings=entry.wordings or (known.wordings if known is not None else ()),
+        )
+    return tuple(by_name.values())
+
+
+def _declared_form(entry: DeclaredTask, known: AnswerForm | None) -> AnswerForm:
+    """The form a user declared, resting on the inferred one for what was left out."""
+    form = known or AnswerForm(shape=entry.shape)
+    if entry.keys:
+        fields = {field.key: field for field in form.fields}
+        anything = "boolean|list|list of strings|null|number|object|string"
+        form = replace(form, fields=tuple(fields.get(key, Field(key=key, kind=anything)) for key in entry.keys))
+    if entry.labels:
+        form = replace(form, labels=tuple(sorted(entry.labels)))
+    if entry.fence is not None:
+        fence = (f"```{entry.fence}\n", "\n```") if entry.fence else ("", "")
+        form = replace(form, fence_open=fence[0], fence_close=fence[1])
+    lacks_keys = entry.shape in ("object", "object list") and not form.fields
+    if lacks_keys or (entry.shape in ("label", "label list") and not form.labels):
+        missing = "keys" if lacks_keys else "labels"
+        raise RecipeError(f"tasks: {entry.name} of shape {entry.shape!r} needs {missing}: list them in the recipe.")
+    return form
+
+
+def describe_wordings(task: Task, limit: int = 3) -> str:
+    """A few of the questions by which the task is recognised, for people."""
+    shown = [repr(words) for words in task.wordings[:limit]]
+    more = len(task.wordings) - limit
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+

@@ -1,0 +1,397 @@
+"""Tokens in, tokens out: many prompts through one causal language model, as fast as the machine allows.
+
+A decoding step costs nearly the same for one row as for dozens, because most of its time goes into reading the
+weights. So rows share one batch; a row that ends leaves at once and a waiting prompt takes its place. Knows torch
+and transformers models; knows nothing of text, messages, tasks or answer forms.
+
+How the cache lies in memory, for three rows (p prompt, g generated, · unused); all rows end at the same column, so
+transformers sees ordinary left padding and each step writes one column::
+
+    · p p p p g g |        a row that ends: the last row is moved into its place
+    p p p p p p g |        a row that joins: its prompt is prefilled in a free row, ending at the same column
+    · · · · p p g |        the longest row ends: the columns left of the others are no longer read
+
+Prompts run longest first, so a joining prompt is never wider than the rows already there.
+
+Shapes: R rows of this call, C columns in use, Q new columns, K key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from ..errors import DataError, ModelError, Problem
+
+_SPARE_COLUMNS = 64
+"""Columns added whenever the cache is full: one copy of the cache in 64 steps instead of one in each."""
+
+_PREFILL_TOKENS = 4096
+"""Most prompt tokens, padding included, of one prefill: bounds its activations; a longer prompt goes alone."""
+
+_NUCLEUS_TOKENS = 1024
+"""Top-p looks at this many best tokens first: sorting a vocabulary of 262 144 costs ten times as much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen, and how many at most."""
+
+    max_new_tokens: int = 512
+    """Most tokens of an answer; the stop token counts."""
+    temperature: float = 0.0
+    """0 takes the most probable token; 1 draws from the model's own distribution."""
+    top_p: float = 1.0
+    """Draw only from the fewest tokens that hold this probability together; 1 is off."""
+    top_k: int = 0
+    """Draw only from this many best tokens; 0 is off."""
+    seed: int = 0
+    """With a prompt's index, the seed of its own random numbers."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off).")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or a positive count.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What one prompt became."""
+
+    index: int
+    """Which prompt, counted from 0."""
+    token_ids: tuple[int, ...]
+    """The answer, without the stop token."""
+    finish: Literal["stop", "length"]
+    """`stop`: a stop token was chosen; `length`: max_new_tokens were."""
+    logprob: float
+    """Sum of the chosen tokens' log-probabilities, stop token included, under the model's own distribution
+    (temperature 1, nothing cut off)."""
+
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Collection[int],
+    sampling: Sampling,
+    max_rows: int = 32,
+    max_cache_tokens: int = 65536,
+) -> Iterator[Generation]:
+    """Yield each prompt's `Generation` as soon as it ends, so in any order; `index` says which it is.
+
+    Greedy answers do not depend on the other prompts beyond rounding; drawn ones neither, for each prompt has its
+    own random numbers, made from the seed and its index.
+
+    Args:
+        model: a causal language model in evaluation mode, with or without a PEFT adapter.
+        prompts: token ids of each prompt, special tokens included.
+        stop_ids: tokens that end an answer.
+        sampling: how to choose, and how many tokens at most.
+        max_rows: most prompts in one step.
+        max_cache_tokens: most positions of key/value cache set aside for the rows together, counted as if every
+            row reached max_new_tokens; one row runs whatever it needs.
+
+    Raises:
+        DataError: empty prompts, or prompts that do not fit the model's positions; before anything runs.
+        ModelError: the model is in training mode, or its adapter adds virtual tokens.
+        ValueError: max_rows or max_cache_tokens below 1.
+    """
+    if max_rows < 1 or max_cache_tokens < 1:
+        raise ValueError(f"max_rows is {max_rows} and max_cache_tokens {max_cache_tokens}; both must be at least 1.")
+    _check_model(model)
+    _check_prompts(model, prompts, sampling)
+    # A function of its own, so that the checks above run at the call and not at the first row asked for.
+    return _run(_Batch(model, stop_ids, sampling), prompts, max_rows, max_cache_tokens)
+
+
+def _check_model(model: PreTrainedModel | PeftModel) -> None:
+    if model.training:
+        raise ModelError("The model is in training mode, so dropout would change its answers. Call model.eval() first.")
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"The adapter's method {model.active_peft_config.peft_type} adds virtual tokens to the prompt, which "
+            "batched generation does not support yet. Use model.generate, or an adapter that changes weights (LoRA)."
+        )
+
+
+def _check_prompts(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    limit = model.config.get_text_config().max_position_embeddings
+    problems = []
+    for index, prompt in enumerate(prompts):
+        needed = len(prompt) + sampling.max_new_tokens
+        if not prompt:
+            message, fix = "it has no tokens.", "Give at least one token, such as the beginning-of-sequence token."
+        elif needed > limit:
+            message = f"{len(prompt)} tokens + {sampling.max_new_tokens} new ones = {needed} positions of {limit}."
+            fix = "Shorten the prompt or lower max_new_tokens."
+        else:
+            continue
+        problems.append(Problem(source=f"prompt {index}", field="tokens", message=message, fix=fix))
+    if problems:
+        raise DataError(f"{len(problems)} of {len(prompts)} prompts cannot be run by this model.", problems)
+
+
+def _run(
+    batch: _Batch, prompts: Sequence[Sequence[int]], max_rows: int, max_cache_tokens: int
+) -> Iterator[Generation]:
+    """Run the batch until no prompt waits and no row is left; no torch mode is held while the caller has the turn."""
+    waiting = [_Row(index=index, prompt=prompt) for index, prompt in enumerate(prompts)]
+    waiting.sort(key=lambda row: len(row.prompt))  # taken from the end: longest first
+    while waiting or batch.rows:
+        longest = max(len(row.prompt) for row in batch.rows or waiting[-1:])
+        allowed = max_cache_tokens // (longest + batch.sampling.max_new_tokens)
+        allowed = max(1, min(max_rows, allowed, len(batch.rows) + len(waiting)))
+        free = allowed - len(batch.rows)
+        # A prefill costs about a step whatever its size, so it waits for a quarter of the rows to be free.
+        if waiting and free > 0 and (free >= allowed / 4 or free >= len(waiting)):
+            while free > 0 and waiting:
+                width = len(waiting[-1].prompt)
+                num_joining = min(free, len(waiting), max(1, _PREFILL_TOKENS // width))
+                joining = [waiting.pop() for _ in range(num_joining)]
+                free -= num_joining
+                yield from batch.join(joining, capacity=allowed)
+        if batch.rows:
+            yield from batch.step()
+
+
+@dataclass(kw_only=True)
+class _Row:
+    """One prompt on its way; `tokens` are chosen already, all but the last of them cached."""
+
+    index: int
+    prompt: Sequence[int]
+    tokens: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    random: Random = field(default_factory=Random)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self.prompt) + len(self.tokens) - 1
+
+
+class _Batch:
+    """The rows that are generating; row i of `rows` lies in row i of the cache."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, stop_ids: Collection[int], sampling: Sampling) -> None:
+        self.model = model
+        self.stop_ids = frozenset(stop_ids)
+        self.sampling = sampling
+        self.rows: list[_Row] = []
+        self.cache = _SlabCache(model.config.get_text_config().num_hidden_layers)
+
+    @torch.inference_mode()
+    def join(self, joining: list[_Row], *, capacity: int) -> list[Generation]:
+        """Prefill `joining` (longest first, none longer than a row here), choose their first tokens.
+
+        Returns the rows that ended with that. `capacity` is the number of rows to set cache aside for.
+        """
+        width, top = len(joining[0].prompt), len(self.rows)
+        self.cache.reserve(num_rows=capacity, width=max([width, *(row.num_cached for row in self.rows)]), num_new=0)
+        self.cache.show(rows=range(top, top + len(joining)), width=0, back=width)
+        padding = [width - len(row.prompt) for row in joining]
+        logits = self._forward([[0] * p + list(row.prompt) for p, row in zip(padding, joining, strict=True)], padding)
+        self.rows += joining
+        for row in joining:
+            row.random.seed(f"{self.sampling.seed}/{row.index}")
+        return self._choose(top, logits)
+
+    @torch.inference_mode()
+    def step(self) -> list[Generation]:
+        """Add one token to every row; returns those that ended."""
+        width = max(row.num_cached for row in self.rows)
+        self.cache.reserve(num_rows=len(self.rows), width=width, num_new=1)
+        self.cache.show(rows=range(len(self.rows)), width=width)
+        logits = self._forward([row.tokens[-1:] for row in self.rows], [width - row.num_cached for row in self.rows])
+        return self._choose(0, logits)
+
+    def _forward(self, ids: list[list[int]], padding: list[int]) -> Tensor:
+        """Logits ``[R, V]`` after the last of `ids` (R lists of Q), given how many columns of each row are padding."""
+        window, device = self.cache.window, self.model.device
+        ids_RQ = torch.tensor(ids, device=device)
+        padding_R1 = torch.tensor(padding, device=device)[:, None]
+        seen = window.end - window.first
+        columns_C = torch.arange(seen + ids_RQ.shape[1], device=device)
+        output = self.model(
+            input_ids=ids_RQ,
+            attention_mask=(columns_C >= padding_R1).long(),
+            position_ids=(columns_C[seen:] - padding_R1).clamp_(min=0),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        window.end += ids_RQ.shape[1]
+        return output.logits[:, -1]  # type: ignore[no-any-return]
+
+    def _choose(self, top: int, logits: Tensor) -> list[Generation]:
+        """Choose a token for each row from `top` on by `logits` ``[R, V]``; remove and return the rows that ended."""
+        ended = []
+        for place, logits_V in reversed(list(enumerate(logits, start=top))):
+            row = self.rows[place]
+            token, logprob = _choose_token(logits_V.float(), self.sampling, row.random)
+            row.tokens.append(token)
+            row.logprob += logprob
+            stopped = token in self.stop_ids
+            if stopped or len(row.tokens) == self.sampling.max_new_tokens:
+                ended.append(
+                    Generation(
+                        index=row.index,
+                        token_ids=tuple(row.tokens[:-1] if stopped else row.tokens),
+                        finish="stop" if stopped else "length",
+                        logprob=row.logprob,
+                    )
+                )
+                self._remove(place)
+        return ended
+
+    def _remove(self, place: int) -> None:
+        last = self.rows.pop()
+        if place < len(self.rows):
+            self.rows[place] = last
+            self.cache.move_row(len(self.rows), place)
+
+
+def _choose_token(logits_V: Tensor, sampling: Sampling, random: Random) -> tuple[int, float]:
+    """The chosen token and its log-probability under the model's own distribution."""
+    total = logits_V.logsumexp(0)
+    if sampling.temperature == 0:
+        best, token = logits_V.max(0)
+        return int(token), float(best - total)
+    token = _draw(logits_V / sampling.temperature, sampling, random.random())
+    return token, float(logits_V[token] - total)
+
+
+def _draw(scaled_V: Tensor, sampling: Sampling, point: float) -> int:
+    """The token at `point` in [0, 1) of the distribution that top-k and top-p leave, best token first.
+
+    For probabilities 0.2, 0.5, 0.3 and top_p 0.7, tokens 1 and 2 are left: token 1 up to point 0.625, then token 2.
+    """
+    best, ids = scaled_V.topk(min(sampling.top_k or _NUCLEUS_TOKENS, len(scaled_V)))
+    total = (best if sampling.top_k else scaled_V).logsumexp(0)
+    upto = (best - total).double().exp().cumsum(0)
+    if not sampling.top_k and upto[-1] < (sampling.top_p if sampling.top_p < 1 else point):
+        best, ids = scaled_V.sort(descending=True)
+        upto = (best - total).double().exp().cumsum(0)
+    last = len(ids) - 1
+    if sampling.top_p < 1:
+        last = min(last, int(torch.searchsorted(upto, sampling.top_p)))
+        point *= float(upto[last])
+    return int(ids[min(last, int(torch.searchsorted(upto, point, right=True)))])
+
+
+@dataclass(kw_only=True)
+class _Window:
+    """The part of the cache that one call of the model works on: rows top..bottom, columns first..end."""
+
+    top: int = 0
+    bottom: int = 0
+    first: int = 0
+    end: int = 0
+
+
+class _SlabLayer(CacheLayerMixin):
+    """One layer's keys and values ``[rows, K, columns, D]``, larger than what is in use, written in place.
+
+    Every layer keeps all columns: a sliding window is the mask's business.
+    """
+
+    is_sliding = False
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, window: _Window, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.window = window
+        self.shape = shape
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Set aside zeros for keys and values such as these, ``[R, K, Q, D]``."""
+        # Zeros: a masked column still enters the sum, as 0 times its value, and a stray NaN in fresh memory would too.
+        self.keys, self.values = (
+            x.new_zeros(self.shape[0], x.shape[1], self.shape[1], x.shape[3]) for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Write ``[R, K, Q, D]`` after the window; returns keys and values ``[R, K, C + Q, D]`` to attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        seen, end = self.window, self.window.end + key_states.shape[2]
+        keys, values = self.keys[seen.top : seen.bottom, :, :end], self.values[seen.top : seen.bottom, :, :end]
+        keys[:, :, seen.end :] = key_states
+        values[:, :, seen.end :] = value_states
+        return keys[:, :, seen.first :], values[:, :, seen.first :]
+
+    def resize(self, shape: tuple[int, int], *, source: slice, target: slice) -> None:
+        """Take new memory of `shape` (rows, columns) and copy the columns `source` of all rows to `target`."""
+        self.shape = shape
+        if not self.is_initialized:
+            return
+        keys, values = self.keys, self.values
+        self.lazy_initialization(keys, values)
+        self.keys[: len(keys), :, target] = keys[:, :, source]
+        self.values[: len(values), :, target] = values[:, :, source]
+
+    def get_seq_length(self) -> int:
+        """C, the columns that the window shows."""
+        return self.window.end - self.window.first
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of columns attended to and the first of them, counted from the window's."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+
+class _SlabCache(Cache):
+    """The cache of all layers; its rows end at a common column, and each row keeps its place until it is moved."""
+
+    slabs: list[_SlabLayer]
+
+    def __init__(self, num_layers: int) -> None:
+        self.window = _Window()
+        self.shape = (0, 0)
+        """Rows and columns set aside."""
+        self.slabs = [_SlabLayer(self.window, self.shape) for _ in range(num_layers)]
+        super().__init__(layers=list(self.slabs))
+
+    def reserve(self, *, num_rows: int, width: int, num_new: int) -> None:
+        """Make room for `num_rows` rows of `width` columns left of the common end and `num_new` right of it."""
+        end = self.window.end
+        rows, columns = self.shape
+        if num_rows <= rows and width <= end and end + num_new <= columns:
+            return
+        self.shape = (max(num_rows, rows), width + num_new + _SPARE_COLUMNS)
+        kept = min(width, end)
+        for layer in self.slabs:
+            layer.resize(self.shape, source=slice(end - kept, end), target=slice(width - kept, width))
+        self.window.end = width
+
+    def show(self, *, rows: range, width: int, back: int = 0) -> None:
+        """Let the next call work on `rows` and on the `width` columns that end `back` columns before the end."""
+        window = self.window
+        window.top, window.bottom = rows.start, rows.stop
+        window.end -= back
+        window.first = window.end - width
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copy row `source` over row `target`."""
+        for layer in self.slabs:
+            for states in (layer.keys, layer.values):
+                states[target] = states[source]

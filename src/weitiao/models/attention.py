@@ -1,0 +1,190 @@
+"""Causal attention over many rows laid end to end in one sequence, without padding and without a mask.
+
+Every linear layer of a model sees one sequence ``[1, total_tokens, hidden]``; only attention has to know where
+one row ends and the next begins. `PACKED` is registered in transformers' own attention interface, so any model
+that supports that interface (Gemma, Qwen, Llama, GLM …) can train on packed rows. On a CPU the alternative, a
+dense block-diagonal mask, pushes attention off its fast kernel.
+
+This module knows tensors only: nothing about batches, losses or adapters.
+
+Shapes: T packed tokens, H query heads, K key/value heads (H a multiple of K), D head size, R rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ..errors import ModelError
+
+PACKED = "weitiao_packed"
+"""The name under which packed attention is known to transformers (`model.set_attn_implementation(PACKED)`)."""
+
+_RECOMPUTE_LIMIT = 384
+"""Rows up to this many tokens use the hand-written backward, longer ones SDPA's: measured on 2 AMX cores, 4 query
+heads of 256, forward + backward: 128 tokens 1.05 ms against 1.56 ms, 512 tokens 21 ms against 7.8 ms."""
+
+
+def _window_mask(num_tokens: int, window: int, device: torch.device) -> Tensor:
+    """Boolean ``[S, S]``: True where a query may look (itself and the `window - 1` tokens before it)."""
+    position = torch.arange(num_tokens, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _row_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
+    """Causal attention of one row: q ``[1, H, S, D]``, k and v ``[1, K, S, D]`` → ``[1, H, S, D]``."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    if 0 < window < q.shape[2]:
+        mask = _window_mask(q.shape[2], window, q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+
+
+@torch.library.custom_op("weitiao::packed_attention", mutates_args=())
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scaling: float, window: int) -> Tensor:
+    """Attention output ``[1, T, H, D]``, each row attending only to itself.
+
+    Args:
+        q: ``[1, H, T, D]``.
+        k: ``[1, K, T, D]``.
+        v: ``[1, K, T, D]``.
+        starts: ``[R + 1]`` integer offsets of the rows on the CPU, from 0 to T.
+        scaling: factor on the scores.
+        window: sliding window in tokens, 0 for none.
+    """
+    out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device)
+    bounds = starts.tolist()
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        row = _row_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], scaling, window)
+        out[:, a:b] = row.transpose(1, 2)
+    return out
+
+
+@packed_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scaling: float, window: int) -> Tensor:
+    return q.new_empty(1, q.shape[2], q.shape[1], q.shape[3])
+
+
+@torch.library.custom_op("weitiao::packed_attention_backward", mutates_args=())
+def packed_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scaling: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `packed_attention` with respect to q, k and v, in their shapes; scores are recomputed."""
+    grads = (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+    )
+    bounds = starts.tolist()
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        row = (q[:, :, a:b], k[:, :, a:b], v[:, :, a:b])
+        grad = grad_out[:, a:b].transpose(1, 2)
+        backward = _row_backward if b - a <= _RECOMPUTE_LIMIT else _row_backward_by_autograd
+        for whole, part in zip(grads, backward(grad, *row, scaling, window), strict=True):
+            whole[:, :, a:b] = part
+    return grads
+
+
+@packed_attention_backward.register_fake
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scaling: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+    )
+
+
+def _row_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one short row. Query heads that share a key head are stacked, so keys are never repeated."""
+    _, num_heads, length, size = q.shape
+    num_kv = k.shape[1]
+    stacked = (num_kv, num_heads // num_kv * length, size)
+    q_s, grad_s, k_s, v_s = q.reshape(stacked), grad.reshape(stacked), k[0], v[0]
+    hidden = ~_window_mask(length, window if window > 0 else length, q.device)
+    scores = torch.bmm(q_s, k_s.transpose(1, 2)).float().mul_(scaling)
+    scores = scores.view(num_kv, -1, length, length).masked_fill_(hidden, float("-inf"))
+    probabilities = scores.softmax(-1).view(num_kv, -1, length)
+    grad_p = torch.bmm(grad_s, v_s.transpose(1, 2)).float()
+    centre = (grad_p * probabilities).sum(-1, keepdim=True)
+    grad_scores = grad_p.sub_(centre).mul_(probabilities).mul_(scaling).to(q.dtype)
+    grad_q = torch.bmm(grad_scores, k_s).view(q.shape)
+    grad_k = torch.bmm(grad_scores.transpose(1, 2), q_s)
+    grad_v = torch.bmm(probabilities.to(q.dtype).transpose(1, 2), grad_s)
+    return grad_q, grad_k[None], grad_v[None]
+
+
+def _row_backward_by_autograd(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one long row, through SDPA's own memory-saving backward."""
+    with torch.enable_grad():
+        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+        out = _row_attention(*leaves, scaling, window)
+        grad_q, grad_k, grad_v = torch.autograd.grad(out, leaves, grad)
+    return grad_q, grad_k, grad_v
+
+
+def _setup_context(
+    ctx: torch.autograd.function.FunctionCtx,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, float, int],
+    output: Tensor,
+) -> None:
+    q, k, v, starts, scaling, window = inputs
+    ctx.save_for_backward(q, k, v, starts)
+    ctx.scaling, ctx.window = scaling, window  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, starts = ctx.saved_tensors  # type: ignore[attr-defined]
+    scaling, window = ctx.scaling, ctx.window  # type: ignore[attr-defined]
+    grads = packed_attention_backward(grad, q, k, v, starts, scaling, window)
+    return (*grads, None, None, None)
+
+
+packed_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    row_starts: Tensor | None = None,
+    **_: object,  # transformers hands every attention function the same wide set of arguments
+) -> tuple[Tensor, None]:
+    """The function transformers calls; `row_starts` reaches it through the model's forward keywords."""
+    if row_starts is None:
+        raise ModelError(
+            "Packed attention was called without row_starts, so it cannot know where rows begin. "
+            "Call the model through weitiao's training step, or set another attention implementation."
+        )
+    if dropout or softcap or attention_mask is not None:
+        raise ModelError(
+            f"Packed attention cannot honour dropout={dropout}, softcap={softcap} or an explicit mask. "
+            "Set train.packing=false in the recipe."
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return packed_attention(query, key, value, row_starts, float(scale), sliding_window or 0), None
+
+
+def _no_mask(*_args: object, **_kwargs: object) -> None:
+    """Packed attention needs no mask, so none is built."""
+
+
+AttentionInterface.register(PACKED, _attention_forward)
+AttentionMaskInterface.register(PACKED, _no_mask)

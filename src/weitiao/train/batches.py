@@ -1,0 +1,140 @@
+"""Which rows make up each optimiser step, and how a step's rows are laid out in memory.
+
+The order is a pure function of seed and epoch, so a resumed run sees what it would have seen. Rows of a step are
+laid end to end (packed): no padding, no mask, and the result does not depend on how they were cut into passes.
+
+Shapes: T tokens of one forward pass, R rows in it, N supervised positions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..render.base import Example
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One forward pass: rows end to end, and the positions that count.
+
+    Two rows ``[2, 7, 5]`` (last token learnt) and ``[2, 9, 8, 1]`` (last two learnt):
+    ``token_ids [[2, 7, 5, 2, 9, 8, 1]]``, ``positions [[0, 1, 2, 0, 1, 2, 3]]``, ``row_starts [0, 3, 7]``,
+    ``predictors [1, 4, 5]``, ``targets [5, 8, 1]``.
+    """
+
+    token_ids: Tensor
+    """``[1, T]``."""
+    positions: Tensor
+    """``[1, T]``, from 0 in every row."""
+    row_starts: Tensor
+    """``[R + 1]`` offsets; stays on the CPU."""
+    predictors: Tensor
+    """``[N]`` places in ``T`` whose hidden state predicts a learnt token."""
+    targets: Tensor
+    """``[N]`` the learnt tokens."""
+    weights: Tensor
+    """``[N]`` float32 shares of the step's loss; over a whole step they sum to 1."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the pass, all of them real."""
+        return self.token_ids.shape[1]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device` (`row_starts` excepted)."""
+        return Batch(
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            row_starts=self.row_starts,
+            predictors=self.predictors.to(device),
+            targets=self.targets.to(device),
+            weights=self.weights.to(device),
+        )
+
+
+def epoch_order(weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
+    """The rows of one epoch in random order: a row of weight 2 twice, of weight 0.5 in every other epoch.
+
+    Args:
+        weights: for each row, how often it is seen per epoch.
+        seed: the run's seed.
+        epoch: number of the epoch, from 0.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    order = [row for row, weight in enumerate(weights) for _ in range(int(weight) + (rng.random() < weight % 1))]
+    rng.shuffle(order)
+    return order
+
+
+def step_rows(weights: Sequence[float], *, batch_size: int, seed: int, first_step: int) -> Iterator[tuple[int, list[int]]]:
+    """Endless ``(epoch, rows)`` of the optimiser steps, from step number `first_step` on. No row is ever left over."""
+    step, epoch = 0, 0
+    while True:
+        order = epoch_order(weights, seed=seed, epoch=epoch)
+        for start in range(0, len(order), batch_size):
+            if step >= first_step:
+                yield epoch, order[start : start + batch_size]
+            step += 1
+        epoch += 1
+
+
+def num_steps(weights: Sequence[float], *, batch_size: int, seed: int, epochs: float) -> int:
+    """Optimiser steps in `epochs` epochs, the last one perhaps a part."""
+    whole = int(epochs)
+    per_epoch = [
+        -(-len(epoch_order(weights, seed=seed, epoch=epoch)) // batch_size) for epoch in range(whole + (epochs > whole))
+    ]
+    return max(1, sum(per_epoch[:whole]) + round((epochs - whole) * (per_epoch[-1] if epochs > whole else 0)))
+
+
+def make_batches(rows: Sequence[Example], *, tokens_per_pass: int, row_balance: float = 0.0) -> list[Batch]:
+    """The passes of one optimiser step: as few as fit `tokens_per_pass` (a longer row gets a pass of its own).
+
+    Args:
+        rows: the step's examples.
+        tokens_per_pass: most tokens in one pass.
+        row_balance: 0: every learnt token has the same weight. 1: every row has. Between, a token's weight is
+            ``length of its row's answer ** -row_balance``, scaled so that the step's weights sum to 1.
+    """
+    answer_weights = [max(1, row.num_supervised) ** -row_balance for row in rows]
+    total = sum(weight * row.num_supervised for weight, row in zip(answer_weights, rows, strict=True))
+    passes: list[list[int]] = []
+    room: list[int] = []
+    for place in sorted(range(len(rows)), key=lambda place: (-len(rows[place]), place)):  # first fit, longest first
+        size = len(rows[place])
+        fitting = next((number for number, free in enumerate(room) if free >= size), None)
+        if fitting is None:
+            passes.append([place])
+            room.append(tokens_per_pass - size)
+        else:
+            passes[fitting].append(place)
+            room[fitting] -= size
+    return [_pack([rows[p] for p in places], [answer_weights[p] / total for p in places]) for places in passes]
+
+
+def _pack(rows: Sequence[Example], weights: Sequence[float]) -> Batch:
+    token_ids: list[int] = []
+    positions: list[int] = []
+    starts, predictors, targets, shares = [0], [], [], []
+    for row, weight in zip(rows, weights, strict=True):
+        for place, (token, learnt) in enumerate(zip(row.token_ids, row.loss_mask, strict=True)):
+            if learnt and place > 0:
+                predictors.append(len(token_ids) - 1)
+                targets.append(token)
+                shares.append(weight)
+            token_ids.append(token)
+            positions.append(place)
+        starts.append(len(token_ids))
+    return Batch(
+        token_ids=torch.tensor([token_ids]),
+        positions=torch.tensor([positions]),
+        row_starts=torch.tensor(starts),
+        predictors=torch.tensor(predictors, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+        weights=torch.tensor(shares, dtype=torch.float32),
+    )

@@ -1,0 +1,139 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+A checkpoint holds the trainable weights, the optimiser, the schedule and the random number generators. The data order
+is a function of seed and step, so the step is enough. What must not change between sittings (data, recipe, base
+model) is written down once per run. Tensors are read back with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..errors import ResumeError, RunError
+from ..runs import RunFolder, write_folder, write_json
+
+_STATE, _WEIGHTS, _OPTIMISER = "state.json", "weights.safetensors", "optimiser.pt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """Where a run stands after `step` optimiser steps."""
+
+    step: int
+    best_score: float | None = None
+    best_step: int = 0
+    scorings_since_best: int = 0
+    seconds: float = 0.0
+    """Time spent training so far, all sittings together."""
+    compiled: bool = False
+    window: tuple[float, ...] = ()
+    """Losses of the steps since the last log line."""
+
+
+def save_checkpoint(
+    run: RunFolder,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    progress: Progress,
+    *,
+    keep: int,
+) -> Path:
+    """Write ``checkpoints/step-NNNNNN`` whole or not at all, then remove the oldest beyond `keep`; returns it."""
+
+    def fill(folder: Path) -> None:
+        weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        save_file(weights, folder / _WEIGHTS)
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng["cuda"] = torch.cuda.get_rng_state()
+        torch.save(
+            {"optimiser": optimiser.state_dict(), "scheduler": scheduler.state_dict(), "rng": rng},
+            folder / _OPTIMISER,
+        )
+        write_json(folder / _STATE, asdict(progress))
+
+    path = run.checkpoints / f"step-{progress.step:06}"
+    write_folder(path, fill)
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def list_checkpoints(run: RunFolder) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted(path for path in run.checkpoints.glob("step-*") if (path / _STATE).is_file())
+
+
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> Progress:
+    """Put model, optimiser, schedule and random number generators into the state saved in `path`.
+
+    Raises:
+        RunError: the checkpoint cannot be read.
+    """
+    try:
+        weights = load_file(path / _WEIGHTS)
+        states = torch.load(path / _OPTIMISER, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise RunError(f"The checkpoint {path} cannot be read ({error}). Delete it to resume from the one before.") from None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(weights[name])
+    optimiser.load_state_dict(states["optimiser"])
+    scheduler.load_state_dict(states["scheduler"])
+    torch.set_rng_state(states["rng"]["cpu"])
+    if "cuda" in states["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["rng"]["cuda"])
+    return read_progress(path)
+
+
+def read_progress(path: Path) -> Progress:
+    """The progress stored in checkpoint `path`."""
+    data = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    return Progress(**{**data, "window": tuple(data["window"])})
+
+
+def require_same(run: RunFolder, depends_on: Mapping[str, Any]) -> None:
+    """Write down what the run depends on; when that was done before, nothing may have changed.
+
+    Raises:
+        ResumeError: names everything that changed, old value and new.
+    """
+    if not run.data.exists():
+        write_json(run.data, depends_on)
+        return
+    saved = json.loads(run.data.read_text(encoding="utf-8"))
+    changes = _differences(saved, json.loads(json.dumps(depends_on)))
+    if changes:
+        listed = "\n".join(f"  {place}: was {old!r:.80}, is {new!r:.80}" for place, old, new in changes)
+        raise ResumeError(
+            f"The run in {run.path} cannot go on, because what it depends on has changed:\n{listed}\n"
+            f"Undo the change, or start a new run with name=OTHER."
+        )
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            found
+            for key in keys
+            for found in _differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
+        ]
+    return [] if old == new else [(place, old, new)]

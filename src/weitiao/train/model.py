@@ -1,0 +1,97 @@
+"""The model as training sees it: one module from a packed batch to its share of the step's loss."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import ModelError
+from ..models.attention import PACKED
+from .batches import Batch
+from .loss import head_of, supervised_loss
+
+
+class TrainedModel(nn.Module):
+    """Wraps a causal model so that ``forward(batch)`` is its loss, the head seeing supervised positions only.
+
+    A module of its own (rather than a function) so that data-parallel wrappers see one forward call.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, packing: bool) -> None:
+        """
+        Args:
+            model: the causal model; its adapter layers, if any, are inside it.
+            packing: rows end to end in one sequence; otherwise every batch must hold a single row.
+        """
+        super().__init__()
+        self.model = model
+        self.body = model.get_decoder()
+        self.packing = packing
+        self.generation_attention = model.config._attn_implementation
+        if packing:
+            model.set_attn_implementation(PACKED)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The batch's share of the step's loss, a float32 scalar."""
+        extra = {"row_starts": batch.row_starts} if self.packing else {}
+        output = self.body(input_ids=batch.token_ids, position_ids=batch.positions, use_cache=False, **extra)
+        hidden = output.last_hidden_state[0].index_select(0, batch.predictors)
+        return supervised_loss(hidden, batch.targets, batch.weights, head_of(self.model))
+
+    @contextmanager
+    def generating(self) -> Iterator[PreTrainedModel]:
+        """The inner model, ready to generate: its own attention, eval mode, not compiled; restored afterwards."""
+        if self.packing:
+            self.model.set_attn_implementation(self.generation_attention)
+        self.model.eval()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield self.model
+        finally:
+            self.model.train()
+            if self.packing:
+                self.model.set_attn_implementation(PACKED)
+
+    def compile_layers(self) -> int:
+        """Compile every decoder layer with `torch.compile`; returns how many. Shapes stay dynamic."""
+        names = set(self.model._no_split_modules or ())
+        layers = [module for module in self.body.modules() if type(module).__name__ in names]
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(layers) + 8)
+        for layer in layers:
+            layer.compile(dynamic=True)
+        return len(layers)
+
+
+def can_compile() -> bool:
+    """Whether this machine has what `torch.compile` needs: a C++ compiler, or a GPU."""
+    return torch.cuda.is_available() or any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+
+
+def check_head(trained: TrainedModel, batch: Batch) -> None:
+    """Prove on one batch of one row that our head gives the loss that the model's own logits give.
+
+    Raises:
+        ModelError: the model does something to its logits that `head_of` does not know.
+    """
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        ours = trained(batch)
+        extra = {"row_starts": batch.row_starts} if trained.packing else {}
+        logits = trained.model(
+            input_ids=batch.token_ids,
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=batch.predictors,
+            **extra,
+        ).logits[0]
+        losses = nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+        theirs = (losses * batch.weights).sum()
+    if not torch.isclose(ours, theirs, rtol=2e-2, atol=1e-3):
+        raise ModelError(
+            f"The model's own logits give a loss of {theirs:.5f} where the training step computes {ours:.5f}: its "
+            f"output layer does something weitiao does not know. Please report the model's config.json."
+        )

@@ -1,0 +1,117 @@
+"""What a person sees of a running training: the progress bar, the log line, the curve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from ..runs import RunFolder
+
+
+class TrainingDisplay:
+    """A progress bar with loss, speed and ETA, and one log line per `log_every` steps that stays on the screen."""
+
+    def __init__(self, run: RunFolder, *, total_steps: int, first_step: int, console: Console) -> None:
+        self._run, self._total, self._console = run, total_steps, console
+        self._first, self._started = first_step, time.monotonic()
+        self._tokens = 0
+        self._paused = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("training", total=total_steps, completed=first_step, status="starting …")
+
+    def __enter__(self) -> TrainingDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count `seconds` spent scoring in the training speed; the ETA counts steps only."""
+        self._paused += seconds
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, highlight=False)
+
+    def advance(self, step: int, num_tokens: int) -> None:
+        """One optimiser step is done."""
+        self._tokens += num_tokens
+        self._bar.update(self._task, completed=step, status=f"step {step}/{self._total}  ETA {self._eta(step)}")
+
+    def log(self, *, step: int, epoch: float, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Print and store the log line; `loss` is the mean since the last one."""
+        line: dict[str, Any] = {
+            "kind": "train",
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "tokens_per_second": round(self._tokens / max(self._elapsed(), 1e-9), 1),
+        }
+        self._run.append_metrics(line)
+        self.say(
+            f"step {step}/{self._total} ({step / self._total:.0%})  epoch {epoch:.2f}  loss {loss:.4f}  "
+            f"lr {learning_rate:.2e}  {line['tokens_per_second']:.0f} tokens/s  ETA {self._eta(step)}"
+        )
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started - self._paused
+
+    def _eta(self, step: int) -> str:
+        done = step - self._first
+        return format_seconds(self._elapsed() / done * (self._total - step)) if done else "?"
+
+
+def format_seconds(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def draw_curve(path: Path, metrics: Sequence[dict[str, Any]]) -> None:
+    """Draw loss over steps, and the dev scores where there are any, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = [line for line in metrics if line["kind"] == "train"]
+    scored = [line for line in metrics if line["kind"] == "dev"]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([line["step"] for line in train], [line["loss"] for line in train], label="train loss", color="tab:blue")
+    if scored:
+        steps = [line["step"] for line in scored]
+        axes.plot(steps, [line["loss"] for line in scored], "o-", label="dev loss", color="tab:orange")
+        right = axes.twinx()
+        for number, task in enumerate(scored[-1]["scores"]):
+            values = [line["scores"].get(task, {}).get("primary", float("nan")) for line in scored]
+            right.plot(steps, values, "s--", label=f"{task}", color=f"C{number + 2}")
+        right.set_ylim(0, 1.02)
+        right.set_ylabel("dev score")
+        right.legend(loc="center right")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per token")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper right")
+    axes.grid(alpha=0.3)
+    temporary = path.with_name(f".tmp-{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(path)

@@ -1,0 +1,189 @@
+"""Recipe in, tuned model out: rows, model, training and contract brought together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from .contract import Contract
+from .data.records import Record
+from .dataset import Dataset, load_dataset
+from .environment import environment
+from .evaluate.predict import Answerer
+from .evaluate.score import Prediction, overall, score_predictions
+from .generate.engine import Sampling
+from .models.families import OpenModel, open_model
+from .recipe import Generate, Recipe
+from .render.fitting import FittedRows, fit_rows
+from .runs import RunFolder, write_json, write_text
+from .tasks.base import Task
+from .train.checkpoint import require_same
+from .train.loop import OnEval, Outcome, Scoring, train
+from .tuning.methods import add_adapter
+
+_VOLATILE = {
+    "train": ("log_every", "keep_checkpoints", "save_every"),
+    "generate": ("batch_rows",),
+    "evaluate": ("base", "resamples"),
+}
+"""Settings that may change between the sittings of one run, because the tuned weights do not depend on them."""
+
+
+def tune(recipe: Recipe, *, resume: bool = False, runs: str | Path = "runs", console: Console | None = None) -> RunFolder:
+    """Train as `recipe` says; the run folder ``runs/NAME`` then holds the adapter and its contract.
+
+    Raises:
+        DataError, ModelError, RunError, ResumeError: before anything is written, or with what was written whole.
+        KeyboardInterrupt: Ctrl-C; after the first one the step was finished and saved.
+    """
+    console = console or Console(stderr=True)
+    dataset = load_dataset(recipe)
+    for note in dataset.notes:
+        console.print(f"note: {note}", highlight=False)
+    for name, (num_train, num_dev) in dataset.count_rows().items():
+        form = next(task.form for task in dataset.tasks if task.name == name)
+        console.print(f"task {name}: {num_train} train, {num_dev} dev rows; {form.describe()}", highlight=False)
+    opened = open_model(recipe.model.path, dtype=recipe.model.dtype)
+    train_rows = _fit(recipe, dataset.train, dataset.train_tasks, opened, console)
+    dev_rows = _fit(recipe, dataset.dev, dataset.dev_tasks, opened, console)
+
+    run = RunFolder.create(Path(runs) / recipe.name, resume=resume)
+    require_same(run, _depends_on(recipe, dataset, opened))
+    if not run.recipe.exists():
+        write_text(run.recipe, recipe.to_yaml())
+    write_json(run.environment, environment().to_json())
+    model = add_adapter(_plain(opened.model), recipe.method, seed=recipe.train.seed)
+    outcome = train(
+        model,
+        train_rows.examples,
+        [dataset.weights[place] for place in train_rows.kept],
+        dev_rows.examples,
+        settings=recipe.train,
+        run=run,
+        on_eval=_make_on_eval(recipe, dataset, dev_rows.kept, opened),
+        console=console,
+    )
+    if not outcome.finished:
+        console.print(f"Saved at step {outcome.step} of {outcome.steps}. Continue with --resume.", highlight=False)
+        raise KeyboardInterrupt
+    opened.tokenizer.save_pretrained(str(run.adapter))
+    _contract(recipe, dataset, opened, run).write(run.contract)
+    _say_done(console, run, outcome)
+    return run
+
+
+def _fit(
+    recipe: Recipe, records: Sequence[Record], tasks: Sequence[Task], opened: OpenModel, console: Console
+) -> FittedRows:
+    """Examples within the length limit; what was dropped or shortened is said."""
+    rows = fit_rows(
+        records, tasks, opened.renderer, max_length=recipe.data.max_length, overlong=recipe.data.overlong
+    )
+    for what, sources in (("dropped", rows.dropped), ("shortened", rows.shortened)):
+        if sources:
+            console.print(
+                f"note: {len(sources)} rows {what}, being longer than {recipe.data.max_length} tokens: "
+                f"{', '.join(sources[:10])}",
+                highlight=False,
+            )
+    return rows
+
+
+def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    if isinstance(model, PeftModel):
+        raise TypeError("open_model was asked for no adapter, so the model has none")
+    return model
+
+
+def _say_done(console: Console, run: RunFolder, outcome: Outcome) -> None:
+    score = "" if outcome.best_score is None else f" (dev score {outcome.best_score:.3f})"
+    console.print(
+        f"Done in {outcome.seconds / 60:.1f} minutes of training. The adapter of step {outcome.best_step}{score} "
+        f"is in {run.adapter}.\nNext: weitiao evaluate {run.path}",
+        highlight=False,
+    )
+
+
+def _depends_on(recipe: Recipe, dataset: Dataset, opened: OpenModel) -> dict[str, object]:
+    """What must stay the same for a run to go on."""
+    settings = recipe.model_dump(mode="json")
+    for part, keys in _VOLATILE.items():
+        for key in keys:
+            del settings[part][key]
+    del settings["data"], settings["model"]["path"]  # where rows and model lie may change, what they hold may not
+    settings["data"] = {"max_length": recipe.data.max_length, "overlong": recipe.data.overlong}
+    rows = {name: {"train": train, "dev": dev} for name, (train, dev) in dataset.count_rows().items()}
+    return {"data": dataset.fingerprint, "rows": rows, "base model": opened.fingerprint, "recipe": settings}
+
+
+def _contract(recipe: Recipe, dataset: Dataset, opened: OpenModel, run: RunFolder) -> Contract:
+    local = Path(recipe.model.path).expanduser()
+    return Contract(
+        base=str(local.resolve()) if local.is_dir() else recipe.model.path,
+        base_fingerprint=opened.fingerprint,
+        adapter_fingerprint=hashlib.sha256((run.adapter / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        family=opened.family.name,
+        template=opened.renderer.template,
+        stop_ids=opened.renderer.stop_ids,
+        tasks=tuple(task.to_json() for task in dataset.tasks),
+        decoding=asdict(_sampling(recipe.generate)),
+        batch_rows=recipe.generate.batch_rows,
+        data_fingerprint=dataset.fingerprint,
+        dtype=str(opened.model.dtype).removeprefix("torch."),
+        versions=environment().versions,
+    )
+
+
+def _sampling(settings: Generate) -> Sampling:
+    return Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        seed=settings.seed,
+    )
+
+
+def _make_on_eval(recipe: Recipe, dataset: Dataset, kept: Sequence[int], opened: OpenModel) -> OnEval | None:
+    """What the loop calls to score the dev rows: the same asking and scoring as `evaluate_run`."""
+    limit = recipe.train.evaluate_rows or len(kept)
+    stride = max(1, -(-len(kept) // limit))
+    places = list(kept)[::stride]
+    if not places or recipe.train.evaluate_every == "never":
+        return None
+    records = [dataset.dev[place] for place in places]
+    tasks = [dataset.dev_tasks[place] for place in places]
+
+    def on_eval(model: PreTrainedModel) -> Scoring:
+        answerer = Answerer(
+            model=model,
+            renderer=opened.renderer,
+            sampling=_sampling(recipe.generate),
+            batch_rows=recipe.generate.batch_rows,
+        )
+        replies = {reply.index: reply for reply in answerer.answer(records)}
+        predictions = [
+            Prediction(
+                source=record.source,
+                task=task.name,
+                prompt=record.prompt,
+                gold=task.write_target(record),
+                answer=replies[index].text,
+                finish=replies[index].finish,
+            )
+            for index, (record, task) in enumerate(zip(records, tasks, strict=True))
+        ]
+        scores = score_predictions(predictions, dataset.tasks, resamples=0)
+        scored = [score for score in scores if score.rows]
+        return Scoring(
+            overall=overall(scored),
+            tasks={score.task: {"primary": score.metrics[score.primary], **score.metrics} for score in scored},
+        )
+
+    return on_eval
