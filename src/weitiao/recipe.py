@@ -119,7 +119,7 @@ class Train(Part):
     gradient_checkpointing: bool = Field(False, description="Less memory, about a third slower.")
     packing: bool = Field(True, description="Rows end to end without padding. false: one row at a time, for models "
                           "whose attention cannot be packed.")  # fmt: skip
-    compile: Literal["auto", "on", "off"] = Field(
+    compile: Literal["auto", "always", "never"] = Field(
         "auto", description="torch.compile the layers. auto: when a C++ compiler is there and the run is long enough."
     )
     seed: int = Field(42, ge=0, description="Seed of the split, the order, the adapter and the dropout.")

@@ -274,9 +274,9 @@ def _outcome(progress: Progress, steps: int, *, finished: bool) -> Outcome:
 
 
 def _should_compile(settings: Train, seconds: float) -> bool:
-    if settings.compile == "on" and not can_compile():
-        raise RunError("train.compile=on needs a C++ compiler (g++ or clang++). Install one, or set train.compile=off.")
-    return settings.compile == "on" or (
+    if settings.compile == "always" and not can_compile():
+        raise RunError("train.compile=always needs a C++ compiler (g++ or clang++). Install one, or set train.compile=never.")
+    return settings.compile == "always" or (
         settings.compile == "auto" and can_compile() and seconds > COMPILE_REPAYS_SECONDS
     )
 

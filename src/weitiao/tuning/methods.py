@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -28,7 +30,9 @@ def add_adapter(model: PreTrainedModel, method: Lora, *, seed: int) -> PeftModel
         task_type="CAUSAL_LM",
     )
     use_lean_layers(config)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # PEFT 0.21 reads a property that transformers 5.23 has renamed
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         torch.manual_seed(seed)
         try:
             tuned = get_peft_model(model, config)
