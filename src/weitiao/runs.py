@@ -87,7 +87,7 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         lines = []
-        for text in self.metrics.read_text(encoding="utf-8").splitlines():
+        for text in self.metrics.read_text(encoding="utf-8").split("\n"):
             with contextlib.suppress(json.JSONDecodeError):  # only the last line can be cut; the next append follows it
                 lines.append(json.loads(text))
         return lines
@@ -116,7 +116,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write `path` whole or not at all: temporary name, fsync, rename."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -133,6 +133,7 @@ def write_bytes(path: Path, data: bytes) -> None:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
+            Path(name).chmod(0o644)
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)

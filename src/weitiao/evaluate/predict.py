@@ -74,7 +74,7 @@ def predict_rows(
         partial.parent.mkdir(parents=True, exist_ok=True)
         if not done:
             partial.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
-        with partial.open("a", encoding="utf-8") as stream:
+        with partial.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             for reply in answerer.answer([records[place] for place in todo]):
                 place = todo[reply.index]
                 done[place] = _line(records[place], tasks[place], reply)
@@ -110,7 +110,7 @@ def _read_partial(partial: Path, key: str) -> dict[int, dict[str, Any]]:
     if not partial.exists():
         return {}
     done: dict[int, dict[str, Any]] = {}
-    for number, text in enumerate(partial.read_text(encoding="utf-8").splitlines()):
+    for number, text in enumerate(partial.read_text(encoding="utf-8").removesuffix("\n").split("\n")):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..data.records import Record
-from ..errors import FormError, Problem, RecipeError
+from ..errors import FormError, Problem
 from . import extraction, labels, text
 from .forms import Answer, AnswerForm, Shape, is_closed_set, loads, shape_of, split_fence
 
@@ -101,7 +101,7 @@ class Task:
         """Rows of the per-predicate, per-key or per-label table: name, support, precision, recall, f1."""
         return [
             {"name": name, "support": int(tp + fn), **dict(zip(("precision", "recall", "f1"), prf(tp, fp, fn)))}
-            for name, (tp, fp, fn) in sorted(_by_name(counts).items(), key=lambda row: -(row[1][0] + row[1][2]))
+            for name, (tp, fp, fn) in sorted(_by_name(counts).items(), key=lambda row: (-(row[1][0] + row[1][2]), row[0]))
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -230,12 +230,16 @@ def _value(record: Record) -> Answer:
     return record.target if body is None else loads(body)
 
 
+_EMPTY = ("empty list",)
+"""Key of rows answered by an empty list, which has no shape of its own until its question tells."""
+
+
 def _group_key(record: Record) -> tuple[str, ...]:
     if record.task is not None:
         return ("declared", record.task)
     value = _value(record)
     if value == []:
-        return ("object list",) if isinstance(record.target, str) and record.target.startswith("`") else ("label list",)
+        return _EMPTY
     shape, keys = shape_of(value)
     return (shape, *keys)
 
@@ -243,19 +247,25 @@ def _group_key(record: Record) -> tuple[str, ...]:
 def _without_mistakes(groups: Mapping[tuple[str, ...], list[Record]]) -> dict[tuple[str, ...], list[Record]]:
     """`groups` less the small ones whose every question is asked, far more often, in one larger group.
 
-    Empty lists have no keys of their own: they join the object lists asked with the same question.
+    Empty lists join the lists that are asked with the same question, or else the largest group of lists.
     """
     owners: defaultdict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
     for key, members in groups.items():
         for record in members:
-            owners[wording(record)][key] += 1
+            if key != _EMPTY:
+                owners[wording(record)][key] += 1
     kept: dict[tuple[str, ...], list[Record]] = {}
     for key, members in groups.items():
-        homes = {owners[wording(record)].most_common(1)[0][0] for record in members}
+        homes = {owners[wording(record)].most_common(1)[0][0] for record in members if owners[wording(record)]}
         home = homes.pop() if len(homes) == 1 else key
         odd = home != key and len(members) <= max(1, SMALL_GROUP_SHARE * len(groups[home]))
-        if key[0] == "declared" or not odd:
-            kept[key] = members
+        if key != _EMPTY and (key[0] == "declared" or not odd):
+            kept[key] = list(members)
+    lists = sorted((key for key in kept if key[0] in ("object list", "label list")), key=lambda key: -len(kept[key]))
+    for record in groups.get(_EMPTY, ()):
+        asked = [key for key in lists if key in owners[wording(record)]]
+        home = next(iter([*asked, *lists]), ("label list",))
+        kept.setdefault(home, []).append(record)
     return kept
 
 
@@ -311,12 +321,3 @@ def _free_name(name: str, tasks: Sequence[Task]) -> str:
     taken = {task.name for task in tasks}
     numbered = (f"{name}-{number}" for number in range(2, len(tasks) + 3))
     return name if name not in taken else next(other for other in numbered if other not in taken)
-
-
-def declared_tasks(tasks: Sequence[Task], names: Sequence[str]) -> tuple[Task, ...]:
-    """Those of `tasks` called `names`. Raises RecipeError for an unknown name."""
-    by_name = {task.name: task for task in tasks}
-    unknown = [name for name in names if name not in by_name]
-    if unknown:
-        raise RecipeError(f"No rows of the task(s) {', '.join(unknown)}. The data holds: {', '.join(by_name)}.")
-    return tuple(by_name[name] for name in names)

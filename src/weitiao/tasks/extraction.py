@@ -72,7 +72,8 @@ def summarise(counts: Mapping[str, float]) -> dict[str, float]:
         tp, fp, fn = (counts.get(part + suffix, 0.0) for part in ("tp", "fp", "fn"))
         precision = tp / (tp + fp) if tp + fp else 0.0
         recall = tp / (tp + fn) if tp + fn else 0.0
-        return precision, recall, 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+        f1 = 2 * tp / (2 * tp + fp + fn) if tp else float(not fp + fn)  # nothing to find and nothing given is right
+        return precision, recall, f1
 
     precision, recall, f1 = scores("")
     return {"f1": f1, "precision": precision, "recall": recall, "f1_typed": scores("_typed")[2]}

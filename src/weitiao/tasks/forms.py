@@ -2,7 +2,7 @@
 
 The form is the one place that knows the answer's shape. It knows nothing of prompts, tokens, models or scores.
 
-    >>> form = AnswerForm.infer(['["水果"]', '["手机"]', '["水果"]', '["手机"]'], texts=[""] * 4)
+    >>> form = AnswerForm.infer(['["水果"]', '["手机"]', '["水果"]'] * 2, texts=[""] * 6)
     >>> form.shape, form.labels
     ('label list', ('手机', '水果'))
     >>> form.parse('["水果"]')
@@ -15,6 +15,7 @@ The form is the one place that knows the answer's shape. It knows nothing of pro
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +35,7 @@ MIN_ROWS_PER_LABEL = 2.5
 """On average each label must be seen at least this often for a set of strings to count as closed."""
 MAX_LABEL_LENGTH = 40
 
-_FENCE = re.compile(r"\A(?P<open>```[A-Za-z0-9_-]*\n)(?P<body>.*?)(?P<close>\n?```)\Z", re.DOTALL)
+_FENCE = re.compile(r"\A(?P<open>```[A-Za-z0-9_-]*\r?\n)(?P<body>.*?)(?P<close>(?:\r?\n)?```)\Z", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -311,7 +312,16 @@ def loads(text: str) -> Answer:
     def no_constants(name: str) -> Any:
         raise ValueError(f"{name} is not a JSON value.")
 
-    return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise ValueError(f"The number {digits} is too large for JSON.")
+        return number
+
+    try:
+        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants, parse_float=finite)
+    except RecursionError:
+        raise ValueError("The JSON is nested too deeply.") from None
 
 
 def kind_of(value: Answer) -> str:
@@ -406,6 +416,8 @@ def _absent_value(counts: Counter[str], strings: Sequence[tuple[str, str]]) -> s
 
 
 def _json_complaint(body: str, error: json.JSONDecodeError) -> str:
+    if not body.strip():
+        return "The answer is empty."
     if error.pos >= len(body.rstrip()) or error.msg.startswith("Unterminated"):
         return f"The JSON is never closed: it breaks off after {body[-20:]!r} ({error.msg})."
     seen = body[max(0, error.pos - 12) : error.pos + 12]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from .forms import Answer, AnswerForm
@@ -18,7 +19,7 @@ def label_set(answer: Answer) -> set[str]:
 
 
 def count(form: AnswerForm, gold: Answer, answer: Answer | None) -> dict[str, float]:
-    """Counts of one row: `correct`, per-label ``tp: fp: fn:``, and ``pair:gold\\tgiven`` of the confusion table."""
+    """Counts of one row: `correct`, per-label ``tp: fp: fn:``, and ``pair:["gold", "given"]`` of the confusion table."""
     wanted = label_set(gold)
     given = label_set(answer) if answer is not None else set()
     counts = {"correct": float(answer is not None and wanted == given)}
@@ -26,14 +27,14 @@ def count(form: AnswerForm, gold: Answer, answer: Answer | None) -> dict[str, fl
         counts |= {f"{part}:{label}": 1.0 for label in members}
     gold_name = ", ".join(sorted(wanted))
     given_name = INVALID if answer is None else ", ".join(sorted(given))
-    return counts | {f"pair:{gold_name}\t{given_name}": 1.0}
+    return counts | {f"pair:{json.dumps([gold_name, given_name], ensure_ascii=False)}": 1.0}
 
 
 def summarise(counts: Mapping[str, float]) -> dict[str, float]:
     """Accuracy (the whole set of labels right) and F1 averaged over the labels that occur in gold or answers."""
     names = {key.split(":", 1)[1] for key in counts if key.startswith(("tp:", "fp:", "fn:"))}
     scores = []
-    for name in names:
+    for name in sorted(names):
         tp, fp, fn = (counts.get(f"{part}:{name}", 0.0) for part in ("tp", "fp", "fn"))
         scores.append(2 * tp / (2 * tp + fp + fn) if tp else 0.0)
     return {
@@ -47,6 +48,6 @@ def confusion(counts: Mapping[str, float]) -> dict[str, dict[str, int]]:
     table: dict[str, dict[str, int]] = {}
     for key, value in counts.items():
         if key.startswith("pair:"):
-            gold, given = key.removeprefix("pair:").split("\t")
+            gold, given = json.loads(key.removeprefix("pair:"))
             table.setdefault(gold, {})[given] = int(value)
     return table
