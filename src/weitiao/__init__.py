@@ -1,0 +1,86 @@
+"""weitiao (微调): fine-tune open language models on your own labelled rows.
+
+    recipe = weitiao.load_recipe("recipe.yaml")
+    run = weitiao.tune_model(recipe)
+    weitiao.evaluate_run(run.path)
+
+Names are loaded when first used, so that ``import weitiao`` costs nothing and checking data needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # verbs
+    from .apply import evaluate_run, open_run, predict_file
+
+    # what a run leaves behind
+    from .contract import Contract
+
+    # rows
+    from .data.records import Record, read_records
+    from .dataset import Dataset, load_dataset
+    from .errors import WeitiaoError
+    from .evaluate.report import Report
+    from .evaluate.score import score_predictions
+    from .init import init_recipe
+    from .messages import Message
+    from .models.families import OpenModel, open_model
+    from .recipe import Recipe, load_recipe, make_recipe
+    from .render.base import Example, Renderer
+    from .runs import RunFolder
+
+    # tasks
+    from .tasks.base import Task, infer_tasks
+    from .tasks.forms import AnswerForm
+    from .tune import tune_model
+
+_HOMES = {
+    # verbs
+    "init_recipe": ".init",
+    "load_recipe": ".recipe",
+    "make_recipe": ".recipe",
+    "tune_model": ".tune",
+    "evaluate_run": ".apply",
+    "predict_file": ".apply",
+    # rows and tasks
+    "Record": ".data.records",
+    "read_records": ".data.records",
+    "Dataset": ".dataset",
+    "load_dataset": ".dataset",
+    "Task": ".tasks.base",
+    "infer_tasks": ".tasks.base",
+    "AnswerForm": ".tasks.forms",
+    # models and chat formats
+    "open_model": ".models.families",
+    "OpenModel": ".models.families",
+    "Message": ".messages",
+    "Renderer": ".render.base",
+    "Example": ".render.base",
+    # what a run leaves behind
+    "Recipe": ".recipe",
+    "RunFolder": ".runs",
+    "open_run": ".apply",
+    "Contract": ".contract",
+    "Report": ".evaluate.report",
+    "score_predictions": ".evaluate.score",
+    "WeitiaoError": ".errors",
+}
+
+__all__ = list(_HOMES)  # noqa: PLE0604
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'weitiao' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

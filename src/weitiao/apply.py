@@ -167,6 +167,7 @@ def _answerer(contract: Contract, opened: OpenModel) -> Answerer:
         model=opened.model,
         renderer=opened.renderer,
         sampling=Sampling(**contract.decoding),
+        answer_limits=contract.answer_limits,
         batch_rows=contract.batch_rows,
     )
 
@@ -196,7 +197,7 @@ def _require_gold(records: Sequence[Record], assigned: Sequence[Task]) -> None:
 
 def _key(contract: Contract, records: Sequence[Record], side: str) -> str:
     parts = [side, contract.base_fingerprint, contract.adapter_fingerprint, digest_records(records)]
-    return hashlib.sha256(json.dumps([*parts, dict(contract.decoding)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([*parts, contract.decoding, contract.answer_limits]).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -164,9 +164,9 @@ def train(
         from .dataset import load_dataset
 
         load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
-        from .tune import tune
+        from .tune import tune_model
 
-        tune(loaded, resume=resume, console=err)
+        tune_model(loaded, resume=resume, console=err)
 
 
 @app.command()

@@ -36,6 +36,8 @@ class Contract:
     """`Task.to_json` of every task."""
     decoding: Mapping[str, Any]
     """The fields of `generate.engine.Sampling`."""
+    answer_limits: Mapping[str, int]
+    """For each task, the most tokens of an answer."""
     batch_rows: int
     data_fingerprint: str
     dtype: str

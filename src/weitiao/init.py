@@ -10,7 +10,7 @@ import yaml
 
 from .dataset import Dataset, describe_wordings, load_dataset
 from .errors import RecipeError
-from .recipe import Data, Lora, Recipe, Train, make_recipe
+from .recipe import Data, Generate, Lora, Recipe, Train, make_recipe
 from .runs import write_text
 
 HELDOUT = 0.1
@@ -93,7 +93,7 @@ train:
   seed: {train.seed}
 
 generate:
-  max_new_tokens: {recipe.generate.max_new_tokens}   # {type(recipe.generate).model_fields["max_new_tokens"].description}
+  max_new_tokens: {recipe.generate.max_new_tokens}   # {_meaning(Generate, "max_new_tokens")}
 """
 
 
@@ -107,7 +107,7 @@ def describe_tasks(dataset: Dataset) -> list[str]:
     return lines
 
 
-def _meaning(part: type[Data] | type[Lora] | type[Train], key: str) -> str:
+def _meaning(part: type[Data] | type[Lora] | type[Train] | type[Generate], key: str) -> str:
     description = part.model_fields[key].description or ""
     return description.rstrip(".")
 

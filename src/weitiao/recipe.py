@@ -136,7 +136,11 @@ class Train(Part):
 class Generate(Part):
     """How answers are generated when scoring and predicting."""
 
-    max_new_tokens: int = Field(512, ge=1, description="Longest answer in tokens; a cut answer is reported as cut.")
+    max_new_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Longest answer in tokens; a cut answer is reported as cut. auto: half as long again as the "
+        "longest labelled answer of the row's task.",
+    )
     temperature: float = Field(0.0, ge=0, description="0: always the most likely token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set with this much probability.")
     top_k: int = Field(0, ge=0, description="Sample from this many tokens; 0: all.")

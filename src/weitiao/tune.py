@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,7 +35,7 @@ _VOLATILE = {
 """Settings that may change between the sittings of one run, because the tuned weights do not depend on them."""
 
 
-def tune(recipe: Recipe, *, resume: bool = False, runs: str | Path = "runs", console: Console | None = None) -> RunFolder:
+def tune_model(recipe: Recipe, *, resume: bool = False, runs: str | Path = "runs", console: Console | None = None) -> RunFolder:
     """Train as `recipe` says; the run folder ``runs/NAME`` then holds the adapter and its contract.
 
     Raises:
@@ -53,6 +53,7 @@ def tune(recipe: Recipe, *, resume: bool = False, runs: str | Path = "runs", con
     train_rows = _fit(recipe, dataset.train, dataset.train_tasks, opened, console)
     dev_rows = _fit(recipe, dataset.dev, dataset.dev_tasks, opened, console)
 
+    limits = _answer_limits(recipe.generate, dataset, train_rows, dev_rows)
     run = RunFolder.create(Path(runs) / recipe.name, resume=resume)
     require_same(run, _depends_on(recipe, dataset, opened))
     if not run.recipe.exists():
@@ -66,14 +67,14 @@ def tune(recipe: Recipe, *, resume: bool = False, runs: str | Path = "runs", con
         dev_rows.examples,
         settings=recipe.train,
         run=run,
-        on_eval=_make_on_eval(recipe, dataset, dev_rows.kept, opened),
+        on_eval=_make_on_eval(recipe, dataset, dev_rows.kept, opened, limits),
         console=console,
     )
     if not outcome.finished:
         console.print(f"Saved at step {outcome.step} of {outcome.steps}. Continue with --resume.", highlight=False)
         raise KeyboardInterrupt
     opened.tokenizer.save_pretrained(str(run.adapter))
-    _contract(recipe, dataset, opened, run).write(run.contract)
+    _contract(recipe, dataset, opened, run, limits).write(run.contract)
     _say_done(console, run, outcome)
     return run
 
@@ -122,7 +123,9 @@ def _depends_on(recipe: Recipe, dataset: Dataset, opened: OpenModel) -> dict[str
     return {"data": dataset.fingerprint, "rows": rows, "base model": opened.fingerprint, "recipe": settings}
 
 
-def _contract(recipe: Recipe, dataset: Dataset, opened: OpenModel, run: RunFolder) -> Contract:
+def _contract(
+    recipe: Recipe, dataset: Dataset, opened: OpenModel, run: RunFolder, limits: Mapping[str, int]
+) -> Contract:
     local = Path(recipe.model.path).expanduser()
     return Contract(
         base=str(local.resolve()) if local.is_dir() else recipe.model.path,
@@ -132,7 +135,8 @@ def _contract(recipe: Recipe, dataset: Dataset, opened: OpenModel, run: RunFolde
         template=opened.renderer.template,
         stop_ids=opened.renderer.stop_ids,
         tasks=tuple(task.to_json() for task in dataset.tasks),
-        decoding=asdict(_sampling(recipe.generate)),
+        decoding=asdict(_sampling(recipe.generate, limits)),
+        answer_limits=limits,
         batch_rows=recipe.generate.batch_rows,
         data_fingerprint=dataset.fingerprint,
         dtype=str(opened.model.dtype).removeprefix("torch."),
@@ -140,9 +144,24 @@ def _contract(recipe: Recipe, dataset: Dataset, opened: OpenModel, run: RunFolde
     )
 
 
-def _sampling(settings: Generate) -> Sampling:
+def _answer_limits(settings: Generate, dataset: Dataset, train_rows: FittedRows, dev_rows: FittedRows) -> dict[str, int]:
+    """For each task, the most tokens of an answer: what the recipe says, or half more than the longest label."""
+    limits = {}
+    for task in dataset.tasks:
+        lengths = [
+            example.num_supervised
+            for rows, tasks in ((train_rows, dataset.train_tasks), (dev_rows, dataset.dev_tasks))
+            for example, place in zip(rows.examples, rows.kept, strict=True)
+            if tasks[place] is task
+        ]
+        auto = max(32, 3 * max(lengths, default=0) // 2)
+        limits[task.name] = auto if settings.max_new_tokens == "auto" else settings.max_new_tokens
+    return limits
+
+
+def _sampling(settings: Generate, limits: Mapping[str, int]) -> Sampling:
     return Sampling(
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=max(limits.values()),
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
@@ -150,7 +169,9 @@ def _sampling(settings: Generate) -> Sampling:
     )
 
 
-def _make_on_eval(recipe: Recipe, dataset: Dataset, kept: Sequence[int], opened: OpenModel) -> OnEval | None:
+def _make_on_eval(
+    recipe: Recipe, dataset: Dataset, kept: Sequence[int], opened: OpenModel, answer_limits: Mapping[str, int]
+) -> OnEval | None:
     """What the loop calls to score the dev rows: the same asking and scoring as `evaluate_run`."""
     limit = recipe.train.evaluate_rows or len(kept)
     stride = max(1, -(-len(kept) // limit))
@@ -164,10 +185,11 @@ def _make_on_eval(recipe: Recipe, dataset: Dataset, kept: Sequence[int], opened:
         answerer = Answerer(
             model=model,
             renderer=opened.renderer,
-            sampling=_sampling(recipe.generate),
+            sampling=_sampling(recipe.generate, answer_limits),
+            answer_limits=answer_limits,
             batch_rows=recipe.generate.batch_rows,
         )
-        replies = {reply.index: reply for reply in answerer.answer(records)}
+        replies = {reply.index: reply for reply in answerer.answer(records, tasks)}
         predictions = [
             Prediction(
                 source=record.source,

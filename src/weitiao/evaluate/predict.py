@@ -6,7 +6,7 @@ Knows records, tasks and how to ask a model; knows nothing of scores or pages.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,20 @@ class Answerer:
     model: PreTrainedModel | PeftModel
     renderer: Renderer
     sampling: Sampling
+    answer_limits: Mapping[str, int]
+    """For each task, the most tokens of an answer."""
     batch_rows: int
 
-    def answer(self, records: Sequence[Record]) -> Iterator[Reply]:
-        """Yield the reply to each record as it is done."""
-        conversations = [record.messages for record in records]
-        return reply_all(self.model, self.renderer, conversations, sampling=self.sampling, max_rows=self.batch_rows)
+    def answer(self, records: Sequence[Record], tasks: Sequence[Task]) -> Iterator[Reply]:
+        """Yield the reply to each record, whose tasks are `tasks`, as it is done."""
+        return reply_all(
+            self.model,
+            self.renderer,
+            [record.messages for record in records],
+            sampling=self.sampling,
+            limits=[self.answer_limits[task.name] for task in tasks],
+            max_rows=self.batch_rows,
+        )
 
 
 def predict_rows(
@@ -75,7 +83,7 @@ def predict_rows(
         if not done:
             partial.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
         with partial.open("a", encoding="utf-8", errors="backslashreplace") as stream:
-            for reply in answerer.answer([records[place] for place in todo]):
+            for reply in answerer.answer([records[place] for place in todo], [tasks[place] for place in todo]):
                 place = todo[reply.index]
                 done[place] = _line(records[place], tasks[place], reply)
                 stream.write(json.dumps({"place": place, "line": done[place]}, ensure_ascii=False) + "\n")

@@ -33,6 +33,7 @@ def reply_all(
     conversations: Sequence[Sequence[Message]],
     *,
     sampling: Sampling,
+    limits: Sequence[int] | None = None,
     max_rows: int = 48,
 ) -> Iterator[Reply]:
     """Yield the reply to each conversation as it is done, in any order.
@@ -42,10 +43,14 @@ def reply_all(
         renderer: its chat format.
         conversations: lists of messages, each ending with the user's.
         sampling: how tokens are chosen.
+        limits: for each conversation, the most tokens of its reply, where that is less than `sampling` allows.
         max_rows: conversations answered together.
     """
     prompts = [renderer.render_prompt(messages) for messages in conversations]
-    for done in generate(model, prompts, stop_ids=renderer.stop_ids, sampling=sampling, max_rows=max_rows):
+    stop_ids = renderer.stop_ids
+    for done in generate(
+        model, prompts, stop_ids=stop_ids, sampling=sampling, limits=limits, max_rows=max_rows
+    ):
         yield Reply(
             index=done.index,
             text=renderer.read_answer(done.token_ids),

@@ -98,6 +98,7 @@ def generate(
     *,
     stop_ids: Collection[int],
     sampling: Sampling,
+    limits: Sequence[int] | None = None,
     max_rows: int = 32,
     max_cache_tokens: int = 65536,
     exact: bool = False,
@@ -114,6 +115,7 @@ def generate(
         prompts: token ids of each prompt, special tokens included.
         stop_ids: tokens that end an answer.
         sampling: how to choose, and how many tokens at most.
+        limits: for each prompt, the most new tokens, where that is less than `sampling.max_new_tokens`.
         max_rows: most prompts in one step.
         max_cache_tokens: most positions of key/value cache set aside for the rows together, counted as if every
             row reached max_new_tokens; one row runs whatever it needs.
@@ -129,7 +131,9 @@ def generate(
     _check_model(model, exact)
     _check_prompts(model, prompts, sampling)
     # A function of its own, so that the checks above run at the call and not at the first row asked for.
-    return _run(_Batch(model, stop_ids, sampling, exact), prompts, max_rows, max_cache_tokens)
+    most = [min(sampling.max_new_tokens, limit) for limit in limits or [sampling.max_new_tokens] * len(prompts)]
+    rows = [_Row(index=i, prompt=prompt, limit=limit) for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True))]
+    return _run(_Batch(model, stop_ids, sampling, exact), rows, max_rows, max_cache_tokens)
 
 
 def _check_model(model: PreTrainedModel | PeftModel, exact: bool) -> None:
@@ -164,10 +168,9 @@ def _check_prompts(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequenc
         raise DataError(f"{len(problems)} of {len(prompts)} prompts cannot be run by this model.", problems)
 
 
-def _run(batch: _Batch, prompts: Sequence[Sequence[int]], max_rows: int, max_cache_tokens: int) -> Iterator[Generation]:
+def _run(batch: _Batch, waiting: list[_Row], max_rows: int, max_cache_tokens: int) -> Iterator[Generation]:
     """Run the batch until no prompt waits and no row is left; no torch mode is held while the caller has the turn."""
     max_rows = min(max_rows, _EXACT_ROWS) if batch.exact else max_rows
-    waiting = [_Row(index=index, prompt=prompt) for index, prompt in enumerate(prompts)]
     waiting.sort(key=lambda row: len(row.prompt))  # taken from the end: longest first
     while waiting or batch.rows:
         longest = max(len(row.prompt) for row in batch.rows or waiting[-1:])
@@ -191,6 +194,8 @@ class _Row:
 
     index: int
     prompt: Sequence[int]
+    limit: int
+    """Most tokens to choose."""
     tokens: list[int] = field(default_factory=list)
     logprob: float = 0.0
     random: Random = field(default_factory=Random)
@@ -269,7 +274,7 @@ class _Batch:
             row.tokens.append(token)
             row.logprob += logprob
             stopped = token in self.stop_ids
-            if stopped or len(row.tokens) == self.sampling.max_new_tokens:
+            if stopped or len(row.tokens) == row.limit:
                 ended.append(
                     Generation(
                         index=row.index,
