@@ -75,9 +75,7 @@ def run_weitiao(options: argparse.Namespace) -> None:
 
 
 def _batches(rows: Any) -> Any:
-    examples = [
-        Example(token_ids=row.input_ids, loss_mask=tuple(label >= 0 for label in row.labels)) for row in rows
-    ]
+    examples = [Example(token_ids=row.input_ids, loss_mask=tuple(label >= 0 for label in row.labels)) for row in rows]
     return make_batches(examples, tokens_per_pass=4096)
 
 
@@ -85,7 +83,11 @@ def measure(side: str, options: argparse.Namespace, adapter: Path) -> list[dict[
     """Run one side in its own process; its JSON lines, the summary last."""
     steps = options.seed_steps if side == "seed" else options.steps
     script = "train_speed.py" if side.startswith("weitiao") else "train_speed_peers.py"
-    verb = ["--only-weitiao", *(["--no-compile"] if side == "weitiao_eager" else [])] if script == "train_speed.py" else [side]
+    verb = (
+        ["--only-weitiao", *(["--no-compile"] if side == "weitiao_eager" else [])]
+        if script == "train_speed.py"
+        else [side]
+    )
     command = [sys.executable, str(Path(__file__).parent / script), *verb, "--model", str(options.model),
                "--rows", str(options.rows), "--adapter", str(adapter), "--steps", str(steps),
                "--seed", str(options.seed)]  # fmt: skip
@@ -138,7 +140,10 @@ def main() -> None:
                 lines = measure(side, options, adapter)
                 runs[side].append(lines)
                 speed = lines[-1]["tokens_per_second"]
-                print(f"round {number + 1} {side}: {speed:.1f} tokens/s, peak {lines[-1]['peak_rss_mb']:.0f} MB", flush=True)
+                print(
+                    f"round {number + 1} {side}: {speed:.1f} tokens/s, peak {lines[-1]['peak_rss_mb']:.0f} MB",
+                    flush=True,
+                )
     raise SystemExit(report(runs, options))
 
 
@@ -151,7 +156,9 @@ def report(runs: dict[str, list[list[dict[str, Any]]]], options: argparse.Namesp
     for side in runs:
         mean = sum(losses[side]) / len(losses[side])
         ratio = speed["weitiao"] / speed[side]
-        print(f"| {side} | {speed[side]:.1f} | {ratio:.1f} × | {memory[side]:.0f} | {mean:.4f} ({len(losses[side])} steps) |")
+        print(
+            f"| {side} | {speed[side]:.1f} | {ratio:.1f} × | {memory[side]:.0f} | {mean:.4f} ({len(losses[side])} steps) |"
+        )
     print("\nloss of every step:")
     for step in range(max(map(len, losses.values()))):
         print(step + 1, *(f"{side} {values[step]:.4f}" for side, values in losses.items() if step < len(values)))

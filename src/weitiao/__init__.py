@@ -69,7 +69,7 @@ _HOMES = {
     "WeitiaoError": ".errors",
 }
 
-__all__ = list(_HOMES)  # noqa: PLE0604
+__all__ = list(_HOMES)
 __version__ = "0.1.0"
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -24,7 +23,8 @@ from .evaluate.report import Report, write_report
 from .evaluate.score import Prediction, Side, TaskScore, score_side
 from .generate.engine import Sampling
 from .models.families import OpenModel, open_model
-from .recipe import Recipe, load_recipe
+from .recipe import load_recipe
+from .render.fitting import shorten_record
 from .runs import RunFolder
 from .tasks.base import Task, assign_task
 
@@ -75,7 +75,7 @@ def evaluate_run(
         base_model: where the base model lies now, if it was moved.
         console: where progress is shown.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
     run, contract, opened = open_run(path, base_model=base_model)
     recipe = load_recipe(run.recipe)
     tasks = [Task.from_json(task) for task in contract.tasks]
@@ -93,16 +93,17 @@ def evaluate_run(
         raise DataError(f"There are no dev rows to score: {run.path} held none apart. Give some with --data FILE.")
     assigned = _assign(records, tasks)
     _require_gold(records, assigned)
+    asked = _shorten(records, assigned, contract, opened, console)
     folder = run.evaluations / name
     sides: dict[str, Side] = {}
     started = time.monotonic()
     for side in ("base", "tuned") if (recipe.evaluate.base if base is None else base) else ("tuned",):
         key = _key(contract, records, side)
         answerer = _answerer(contract, opened)
-        asked = opened.model.disable_adapter() if side == "base" else contextlib.nullcontext()  # type: ignore[operator, union-attr]
-        with asked, _counting(console, side) as on_reply:
+        which = opened.model.disable_adapter() if side == "base" else contextlib.nullcontext()  # type: ignore[operator]
+        with which, _counting(console, side) as on_reply:
             lines = predict_rows(
-                answerer, records, assigned, folder / f"predictions-{side}.jsonl", key=key, on_reply=on_reply
+                answerer, asked, assigned, folder / f"predictions-{side}.jsonl", key=key, on_reply=on_reply
             )
         predictions = [
             Prediction(
@@ -113,7 +114,7 @@ def evaluate_run(
                 answer=line["prediction"],
                 finish=line["finish"],
             )
-            for record, task, line in zip(records, assigned, lines, strict=True)
+            for record, task, line in zip(asked, assigned, lines, strict=True)
         ]
         sides[side] = score_side(predictions, tasks, resamples=recipe.evaluate.resamples)
     report = Report(
@@ -145,7 +146,7 @@ def predict_file(
 
     Rows need no answer of their own. Returns (rows, answers in the labelled form).
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
     records = read_records(rows, require_target=False)
     _, contract, opened = open_run(path, base_model=base_model)
     tasks = [Task.from_json(task) for task in contract.tasks]
@@ -153,7 +154,7 @@ def predict_file(
     with _counting(console, "predicting") as on_reply:
         lines = predict_rows(
             _answerer(contract, opened),
-            records,
+            _shorten(records, assigned, contract, opened, console),
             assigned,
             Path(out),
             key=_key(contract, records, "predict"),
@@ -170,6 +171,31 @@ def _answerer(contract: Contract, opened: OpenModel) -> Answerer:
         answer_limits=contract.answer_limits,
         batch_rows=contract.batch_rows,
     )
+
+
+def _shorten(
+    records: Sequence[Record], tasks: Sequence[Task], contract: Contract, opened: OpenModel, console: Console
+) -> list[Record]:
+    """`records` with the texts of overlong ones shortened, where the run was trained so; what was done is said."""
+    if not contract.shorten_input:
+        return list(records)
+    fitted, shortened, problems = [], [], []
+    for record, task in zip(records, tasks, strict=True):
+        room = contract.max_length - contract.answer_limits[task.name]
+        if len(opened.renderer.render_prompt(record.messages)) > room:
+            shorter = shorten_record(record, opened.renderer, num_answer=0, max_length=room)
+            if shorter is None:
+                message = f"The prompt does not fit into {room} tokens, however much of its text is left out."
+                problems.append(Problem(source=record.source, field="text", message=message, fix="Shorten the row."))
+                continue
+            shortened.append(record.source)
+            record = shorter
+        fitted.append(record)
+    if problems:
+        raise DataError(f"{len(problems)} of {len(records)} rows are too long for the run.", problems)
+    if shortened:
+        console.print(f"note: {len(shortened)} texts shortened: {', '.join(shortened[:10])}", soft_wrap=True)
+    return fitted
 
 
 def _assign(records: Sequence[Record], tasks: Sequence[Task]) -> list[Task]:

@@ -19,14 +19,16 @@ from .errors import DataError, WeitiaoError
 
 app = typer.Typer(
     name="weitiao",
-    help="Fine-tune open language models on your own labelled rows; get a model that answers in the form you labelled.\n\n"
+    help="Fine-tune open language models on your own labelled rows; the tuned model answers in their form.\n\n"
     "A first run: weitiao init rows.jsonl --model starter, then weitiao train recipe.yaml, "
     "then weitiao evaluate runs/rows.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
+# Rows' texts, labels and paths are printed as they are: "[b]" is no markup, ":cat:" no emoji.
+out = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+err = Console(markup=False, emoji=False, highlight=False, stderr=True)  # shows progress bars, which need the width
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, as written by: weitiao init")]
 Overrides = Annotated[
@@ -47,18 +49,23 @@ def _reporting_errors() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        err.print(str(error).splitlines()[0] if error.problems else str(error), style="bold red", highlight=False)
+        err.print(_summary(error), style="bold red", soft_wrap=True)
         for problem in error.problems[:MAX_PROBLEMS]:
-            err.print(f"  {problem}", highlight=False, markup=False, soft_wrap=True)
+            err.print(f"  {problem}", soft_wrap=True)
         if len(error.problems) > MAX_PROBLEMS:
             err.print(f"  … and {len(error.problems) - MAX_PROBLEMS} more.")
         raise typer.Exit(2) from None
     except WeitiaoError as error:
-        err.print(str(error), style="bold red", highlight=False, markup=False, soft_wrap=True)
+        err.print(str(error), style="bold red", soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         err.print("Stopped.")
         raise typer.Exit(130) from None
+
+
+def _summary(error: DataError) -> str:
+    """What `error` says before its list of problems: one sentence, or one for each file that cannot be used."""
+    return str(error).removesuffix("".join(f"\n  {problem}" for problem in error.problems))
 
 
 @app.command()
@@ -83,10 +90,10 @@ def init(
     with _reporting_errors():
         draft = init_recipe(rows, model=model, dev=dev or (), out=output, overwrite=force)
     for line in describe_tasks(draft.dataset):
-        out.print(f"• {line}", highlight=False, markup=False)
+        out.print(f"• {line}")
     for note in draft.dataset.notes:
-        out.print(f"note: {note}", highlight=False, markup=False)
-    out.print(f"Wrote {draft.path}. Next: weitiao check {draft.path}, then weitiao train {draft.path}", highlight=False)
+        out.print(f"note: {note}")
+    out.print(f"Wrote {draft.path}. Next: weitiao check {draft.path}, then weitiao train {draft.path}")
 
 
 @app.command()
@@ -107,22 +114,25 @@ def check(
         if path.suffix in (".yaml", ".yml"):
             recipe = load_recipe(path, overrides or ())
         else:
-            recipe = make_recipe({"name": path.stem, "model": "starter", "data": {"train": str(path), "heldout": 0}})
+            values = {"name": path.stem, "model": "starter", "data": {"train": str(path), "heldout": 0}}
+            recipe = make_recipe(values, overrides or ())
         try:
             dataset = load_dataset(recipe)
         except DataError as error:
             if as_json:
-                found = [{"source": p.source, "field": p.field, "message": p.message, "fix": p.fix} for p in error.problems]
-                print(json.dumps({"ok": False, "message": str(error).splitlines()[0], "problems": found}, ensure_ascii=False))
+                found = [
+                    {"source": p.source, "field": p.field, "message": p.message, "fix": p.fix} for p in error.problems
+                ]
+                print(json.dumps({"ok": False, "message": _summary(error), "problems": found}, ensure_ascii=False))
             raise
     if as_json:
         rows = {name: {"train": train, "dev": dev} for name, (train, dev) in dataset.count_rows().items()}
         print(json.dumps({"ok": True, "tasks": rows, "notes": dataset.notes, "problems": []}, ensure_ascii=False))
         return
     for line in describe_tasks(dataset):
-        out.print(f"• {line}", highlight=False, markup=False)
+        out.print(f"• {line}")
     for note in dataset.notes:
-        out.print(f"note: {note}", style="yellow", highlight=False, markup=False)
+        out.print(f"note: {note}", style="yellow")
     out.print(f"No problems in {len(dataset.train)} train and {len(dataset.dev)} dev rows.", style="green")
 
 
@@ -147,7 +157,7 @@ def show(
             for record in rows[:number]:
                 example = renderer.render_example(record.messages, task.write_target(record))
                 out.rule(f"{task.name} · {record.source} · {len(example)} tokens, {example.num_supervised} learnt")
-                out.print(colour_example(example, renderer), soft_wrap=True)
+                out.print(colour_example(example, renderer))
 
 
 @app.command()
@@ -172,9 +182,12 @@ def train(
 @app.command()
 def evaluate(
     run: RunArgument,
-    data: Annotated[Path | None, typer.Option(help="Another file of labelled rows; by default the run's dev rows.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Another file of labelled rows; by default the run's dev rows.")
+    ] = None,
     base: Annotated[
-        bool | None, typer.Option("--base/--no-base", help="Score the base model as well; by default as the recipe says.")
+        bool | None,
+        typer.Option("--base/--no-base", help="Score the base model as well; by default as the recipe says."),
     ] = None,
     base_model: BaseModel = None,
 ) -> None:
@@ -193,9 +206,9 @@ def evaluate(
         now = f"{score.metrics[score.primary]:.3f}"
         valid = f"{score.metrics['valid']:.1%}"
         table.add_row(score.task, str(score.rows), score.primary, *before, now, f"{low:.3f}–{high:.3f}", valid)
-    out.print(table)
+    out.print(table, soft_wrap=False)
     for file in evaluation.files:
-        out.print(str(file), highlight=False)
+        out.print(str(file))
 
 
 @app.command()
@@ -210,7 +223,7 @@ def predict(
         from .apply import predict_file
 
         count, valid = predict_file(run, rows, output, base_model=base_model, console=err)
-    out.print(f"{count} answers in {output}, {valid} of them ({valid / count:.1%}) in the labelled form.", highlight=False)
+    out.print(f"{count} answers in {output}, {valid} of them ({valid / count:.1%}) in the labelled form.")
 
 
 @app.command()

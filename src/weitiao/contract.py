@@ -39,6 +39,10 @@ class Contract:
     answer_limits: Mapping[str, int]
     """For each task, the most tokens of an answer."""
     batch_rows: int
+    max_length: int
+    """Longest example in tokens, prompt and answer together, that was trained on."""
+    shorten_input: bool
+    """Whether the text of a longer input is shortened, as it was in training."""
     data_fingerprint: str
     dtype: str
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -178,5 +178,3 @@ def describe_wordings(task: Task, limit: int = 3) -> str:
     shown = [repr(words) for words in task.wordings[:limit]]
     more = len(task.wordings) - limit
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-
-

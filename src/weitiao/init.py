@@ -27,7 +27,12 @@ class Draft:
 
 
 def init_recipe(
-    rows: Sequence[str], *, model: str, dev: Sequence[str] = (), out: str | Path = "recipe.yaml", overwrite: bool = False
+    rows: Sequence[str],
+    *,
+    model: str,
+    dev: Sequence[str] = (),
+    out: str | Path = "recipe.yaml",
+    overwrite: bool = False,
 ) -> Draft:
     """Write a commented recipe for `rows` to `out`.
 
@@ -72,13 +77,13 @@ data:
   # Understood from the labels:
 {rows}
   train:
-{sources}{held}  max_length: {data.max_length}      # tokens, prompt and answer together; {_meaning(Data, "max_length")}
-  overlong: {data.overlong}       # a longer row: error, drop, or shorten_input (cuts its text, never question or answer)
+{sources}{held}  max_length: {data.max_length}      # {_meaning(Data, "max_length")}
+  overlong: {data.overlong}       # a longer row: error, drop, or shorten_input (cuts nothing but its text)
 
 method:
   name: {method.name}
   rank: {method.rank}              # {_meaning(Lora, "rank")}
-  alpha: {method.alpha:g}
+  alpha: {method.alpha}
   dropout: {method.dropout:g}
   targets: {method.targets}
 
@@ -103,7 +108,8 @@ def describe_tasks(dataset: Dataset) -> list[str]:
     for task in dataset.tasks:
         num_train, num_dev = dataset.count_rows()[task.name]
         asked = f" Asked as {describe_wordings(task)}." if task.wordings else ""
-        lines.append(f"{task.name} ({num_train} train, {num_dev} dev rows): {task.form.describe()}.{asked}".replace("\n", "⏎"))
+        counts = f"{num_train} train, {num_dev} dev rows"
+        lines.append(f"{task.name} ({counts}): {task.form.describe()}.{asked}".replace("\n", "⏎"))
     return lines
 
 

@@ -39,7 +39,11 @@ def _as_sources(value: Any) -> Any:
     return [value] if isinstance(value, str | Mapping) else value
 
 
-Sources = Annotated[tuple[Annotated[Source, BeforeValidator(_as_source)], ...], BeforeValidator(_as_sources)]
+OneSource = Annotated[Source, BeforeValidator(_as_source, json_schema_input_type=str | Source)]
+Sources = Annotated[
+    tuple[OneSource, ...],
+    BeforeValidator(_as_sources, json_schema_input_type=str | Source | tuple[str | Source, ...]),
+]
 
 
 class Model(Part):
@@ -91,7 +95,7 @@ class Lora(Part):
 
     name: Literal["lora"] = "lora"
     rank: int = Field(16, ge=1, description="Rank of the update.")
-    alpha: float = Field(32.0, gt=0, description="Scale of the update: alpha / rank.")
+    alpha: int = Field(32, ge=1, description="Scale of the update: alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: str | tuple[str, ...] = Field(
         "all-linear", description="Layers that get an update: all-linear, or names such as [q_proj, v_proj]."
@@ -124,11 +128,13 @@ class Train(Part):
     )
     seed: int = Field(42, ge=0, description="Seed of the split, the order, the adapter and the dropout.")
     log_every: int = Field(5, ge=1, description="Steps between log lines.")
-    evaluate_every: int | Literal["epoch", "never"] = Field(
+    evaluate_every: Annotated[int, Field(ge=1)] | Literal["epoch", "never"] = Field(
         "epoch", description="Steps between scorings of the dev rows by generation, or epoch, or never."
     )
     evaluate_rows: int = Field(100, ge=0, description="At most this many dev rows are scored while training; 0: all.")
-    save_every: int | Literal["epoch"] = Field(50, description="Steps between checkpoints, or epoch.")
+    save_every: Annotated[int, Field(ge=1)] | Literal["epoch"] = Field(
+        50, description="Steps between checkpoints, or epoch."
+    )
     keep_checkpoints: int = Field(2, ge=1, description="How many of the latest checkpoints stay on disk.")
     patience: int = Field(0, ge=0, description="Stop after this many scorings without a better one; 0: never.")
 
@@ -159,7 +165,7 @@ class Recipe(Part):
     """Everything a run depends on."""
 
     name: str = Field(pattern=r"^[^/\\\s][^/\\]*$", description="Name of the run: its folder is runs/NAME.")
-    model: Annotated[Model, BeforeValidator(_as_model)]
+    model: Annotated[Model, BeforeValidator(_as_model, json_schema_input_type=str | Model)]
     data: Data
     tasks: tuple[DeclaredTask, ...] = Field((), description="Tasks declared by hand; those left out are inferred.")
     method: Lora = Lora()

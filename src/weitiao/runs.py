@@ -1,16 +1,16 @@
 """The run directory: the names of its files, writing them so that a crash never leaves half a file.
 
-    runs/NAME/
-    ├── recipe.yaml         the resolved recipe
-    ├── environment.json    machine and versions
-    ├── data.json           rows, tasks and fingerprints of the data
-    ├── metrics.jsonl       one line per log, one per scoring
-    ├── curve.png           loss and scores
-    ├── checkpoints/        step-000123/ …, everything needed to go on
-    ├── best/               the adapter with the best dev score so far
-    ├── adapter/            the tuned adapter, its tokenizer
-    ├── contract.json       what the tuned model promises
-    └── evaluations/SET/    predictions and reports
+runs/NAME/
+├── recipe.yaml         the resolved recipe
+├── environment.json    machine and versions
+├── data.json           rows, tasks and fingerprints of the data
+├── metrics.jsonl       one line per log, one per scoring
+├── curve.png           loss and scores
+├── checkpoints/        step-000123/ …, everything needed to go on
+├── best/               the adapter with the best dev score so far
+├── adapter/            the tuned adapter, its tokenizer
+├── contract.json       what the tuned model promises
+└── evaluations/SET/    predictions and reports
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise RunError(f"No permission to write {error.filename or path}. Choose another place or its rights.") from None
+        raise RunError(
+            f"No permission to write {error.filename or path}. Choose another place or its rights."
+        ) from None
     except OSError as error:
         if error.errno == 28:  # ENOSPC
             raise RunError(

@@ -15,16 +15,18 @@ from .contract import Contract
 from .data.records import Record
 from .dataset import Dataset, load_dataset
 from .environment import environment
+from .errors import DataError
 from .evaluate.predict import Answerer
 from .evaluate.score import Prediction, overall, score_predictions
 from .generate.engine import Sampling
 from .models.families import OpenModel, open_model
 from .recipe import Generate, Recipe
 from .render.fitting import FittedRows, fit_rows
-from .runs import RunFolder, write_json, write_text
+from .runs import RunFolder, write_json, write_text, writing
 from .tasks.base import Task
-from .train.checkpoint import require_same
+from .train.checkpoint import require_same, rust_os_errors
 from .train.loop import OnEval, Outcome, Scoring, train
+from .train.model import require_compiler
 from .tuning.methods import add_adapter
 
 _VOLATILE = {
@@ -35,31 +37,39 @@ _VOLATILE = {
 """Settings that may change between the sittings of one run, because the tuned weights do not depend on them."""
 
 
-def tune_model(recipe: Recipe, *, resume: bool = False, runs: str | Path = "runs", console: Console | None = None) -> RunFolder:
+def tune_model(
+    recipe: Recipe, *, resume: bool = False, runs: str | Path = "runs", console: Console | None = None
+) -> RunFolder:
     """Train as `recipe` says; the run folder ``runs/NAME`` then holds the adapter and its contract.
 
     Raises:
         DataError, ModelError, RunError, ResumeError: before anything is written, or with what was written whole.
         KeyboardInterrupt: Ctrl-C; after the first one the step was finished and saved.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
+    require_compiler(recipe.train)
     dataset = load_dataset(recipe)
     for note in dataset.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", soft_wrap=True)
     for name, (num_train, num_dev) in dataset.count_rows().items():
         form = next(task.form for task in dataset.tasks if task.name == name)
-        console.print(f"task {name}: {num_train} train, {num_dev} dev rows; {form.describe()}", highlight=False)
+        console.print(f"task {name}: {num_train} train, {num_dev} dev rows; {form.describe()}", soft_wrap=True)
     opened = open_model(recipe.model.path, dtype=recipe.model.dtype)
     train_rows = _fit(recipe, dataset.train, dataset.train_tasks, opened, console)
+    if not train_rows.examples:
+        raise DataError(
+            f"All {len(dataset.train)} train rows are longer than {recipe.data.max_length} tokens, so there is nothing "
+            f"to learn from. Raise data.max_length."
+        )
     dev_rows = _fit(recipe, dataset.dev, dataset.dev_tasks, opened, console)
 
     limits = _answer_limits(recipe.generate, dataset, train_rows, dev_rows)
+    model = add_adapter(_plain(opened.model), recipe.method, seed=recipe.train.seed)
     run = RunFolder.create(Path(runs) / recipe.name, resume=resume)
     require_same(run, _depends_on(recipe, dataset, opened))
     if not run.recipe.exists():
         write_text(run.recipe, recipe.to_yaml())
     write_json(run.environment, environment().to_json())
-    model = add_adapter(_plain(opened.model), recipe.method, seed=recipe.train.seed)
     outcome = train(
         model,
         train_rows.examples,
@@ -67,13 +77,14 @@ def tune_model(recipe: Recipe, *, resume: bool = False, runs: str | Path = "runs
         dev_rows.examples,
         settings=recipe.train,
         run=run,
-        on_eval=_make_on_eval(recipe, dataset, dev_rows.kept, opened, limits),
+        on_eval=_make_on_eval(recipe, dataset, dev_rows, opened, limits),
         console=console,
     )
     if not outcome.finished:
-        console.print(f"Saved at step {outcome.step} of {outcome.steps}. Continue with --resume.", highlight=False)
+        console.print(f"Saved at step {outcome.step} of {outcome.steps}. Continue with --resume.", soft_wrap=True)
         raise KeyboardInterrupt
-    opened.tokenizer.save_pretrained(str(run.adapter))
+    with writing(run.adapter), rust_os_errors():
+        opened.tokenizer.save_pretrained(str(run.adapter))
     _contract(recipe, dataset, opened, run, limits).write(run.contract)
     _say_done(console, run, outcome)
     return run
@@ -83,15 +94,13 @@ def _fit(
     recipe: Recipe, records: Sequence[Record], tasks: Sequence[Task], opened: OpenModel, console: Console
 ) -> FittedRows:
     """Examples within the length limit; what was dropped or shortened is said."""
-    rows = fit_rows(
-        records, tasks, opened.renderer, max_length=recipe.data.max_length, overlong=recipe.data.overlong
-    )
+    rows = fit_rows(records, tasks, opened.renderer, max_length=recipe.data.max_length, overlong=recipe.data.overlong)
     for what, sources in (("dropped", rows.dropped), ("shortened", rows.shortened)):
         if sources:
             console.print(
                 f"note: {len(sources)} rows {what}, being longer than {recipe.data.max_length} tokens: "
                 f"{', '.join(sources[:10])}",
-                highlight=False,
+                soft_wrap=True,
             )
     return rows
 
@@ -107,7 +116,7 @@ def _say_done(console: Console, run: RunFolder, outcome: Outcome) -> None:
     console.print(
         f"Done in {outcome.seconds / 60:.1f} minutes of training. The adapter of step {outcome.best_step}{score} "
         f"is in {run.adapter}.\nNext: weitiao evaluate {run.path}",
-        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -138,13 +147,17 @@ def _contract(
         decoding=asdict(_sampling(recipe.generate, limits)),
         answer_limits=limits,
         batch_rows=recipe.generate.batch_rows,
+        max_length=recipe.data.max_length,
+        shorten_input=recipe.data.overlong == "shorten_input",
         data_fingerprint=dataset.fingerprint,
         dtype=str(opened.model.dtype).removeprefix("torch."),
         versions=environment().versions,
     )
 
 
-def _answer_limits(settings: Generate, dataset: Dataset, train_rows: FittedRows, dev_rows: FittedRows) -> dict[str, int]:
+def _answer_limits(
+    settings: Generate, dataset: Dataset, train_rows: FittedRows, dev_rows: FittedRows
+) -> dict[str, int]:
     """For each task, the most tokens of an answer: what the recipe says, or half more than the longest label."""
     limits = {}
     for task in dataset.tasks:
@@ -170,16 +183,15 @@ def _sampling(settings: Generate, limits: Mapping[str, int]) -> Sampling:
 
 
 def _make_on_eval(
-    recipe: Recipe, dataset: Dataset, kept: Sequence[int], opened: OpenModel, answer_limits: Mapping[str, int]
+    recipe: Recipe, dataset: Dataset, dev_rows: FittedRows, opened: OpenModel, answer_limits: Mapping[str, int]
 ) -> OnEval | None:
     """What the loop calls to score the dev rows: the same asking and scoring as `evaluate_run`."""
-    limit = recipe.train.evaluate_rows or len(kept)
-    stride = max(1, -(-len(kept) // limit))
-    places = list(kept)[::stride]
-    if not places or recipe.train.evaluate_every == "never":
+    limit = recipe.train.evaluate_rows or len(dev_rows.records)
+    stride = max(1, -(-len(dev_rows.records) // max(1, limit)))
+    records = dev_rows.records[::stride]
+    tasks = [dataset.dev_tasks[place] for place in dev_rows.kept[::stride]]
+    if not records or recipe.train.evaluate_every == "never":
         return None
-    records = [dataset.dev[place] for place in places]
-    tasks = [dataset.dev_tasks[place] for place in places]
 
     def on_eval(model: PreTrainedModel) -> Scoring:
         answerer = Answerer(

@@ -19,7 +19,9 @@ def input_key(record: Record) -> tuple[tuple[str, str], ...]:
 
 
 def _target_key(record: Record) -> str:
-    return json.dumps(record.target, ensure_ascii=False) if not isinstance(record.target, str) else record.target.strip()
+    return (
+        json.dumps(record.target, ensure_ascii=False) if not isinstance(record.target, str) else record.target.strip()
+    )
 
 
 def find_contradictions(records: Sequence[Record]) -> list[Problem]:

@@ -25,9 +25,7 @@ class Split:
     dev: tuple[Record, ...]
 
 
-def read_split(
-    sources: Sequence[tuple[str, float]], dev_paths: Sequence[str], *, heldout: float, seed: int
-) -> Split:
+def read_split(sources: Sequence[tuple[str, float]], dev_paths: Sequence[str], *, heldout: float, seed: int) -> Split:
     """Read all files and set dev rows apart.
 
     Args:

@@ -48,9 +48,7 @@ def reply_all(
     """
     prompts = [renderer.render_prompt(messages) for messages in conversations]
     stop_ids = renderer.stop_ids
-    for done in generate(
-        model, prompts, stop_ids=stop_ids, sampling=sampling, limits=limits, max_rows=max_rows
-    ):
+    for done in generate(model, prompts, stop_ids=stop_ids, sampling=sampling, limits=limits, max_rows=max_rows):
         yield Reply(
             index=done.index,
             text=renderer.read_answer(done.token_ids),

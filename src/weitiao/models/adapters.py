@@ -8,6 +8,9 @@ compute dtype instead: 16 × 640 numbers rather than a whole activation. Everyth
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from .sources import first_line
 
 
 class LoraLinear(PeftLoraLinear):
@@ -41,13 +45,22 @@ class LoraLinear(PeftLoraLinear):
             and isinstance(self.base_layer, nn.Linear)
         )
         if not plain:
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(x, *args, **kwargs)
         name = adapters[0]
-        a = self.lora_A[name].weight.to(x.dtype)
-        b = (self.lora_B[name].weight * self.scaling[name]).to(x.dtype)
-        y = self.base_layer(x)
+        lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+        assert isinstance(lora_a, nn.Linear)
+        assert isinstance(lora_b, nn.Linear)
+        a = lora_a.weight.to(x.dtype)
+        b = (lora_b.weight * self.scaling[name]).to(x.dtype)
         low = nn.functional.linear(self.lora_dropout[name](x), a)
-        return torch.add(y, nn.functional.linear(low, b))
+        return torch.add(self.base_layer(x), nn.functional.linear(low, b))
+
+
+def base_model(model: PeftModel) -> PreTrainedModel:
+    """The transformers model inside `model`, its adapter layers in place."""
+    inner = model.get_base_model()
+    assert isinstance(inner, PreTrainedModel)
+    return inner
 
 
 def use_lean_layers(config: PeftConfig) -> None:
@@ -56,18 +69,39 @@ def use_lean_layers(config: PeftConfig) -> None:
         config._register_custom_module({nn.Linear: LoraLinear})
 
 
+@contextlib.contextmanager
+def ignoring_peft_warnings() -> Iterator[None]:
+    """Within this, PEFT's warnings about our two libraries' versions, and about weights we check ourselves, are mute."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads a property that transformers 5.23 has renamed
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        yield
+
+
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """`model` with the PEFT adapter in `folder` on it, frozen, for inference.
 
     Raises:
-        ModelError: the folder holds no adapter, or one that does not fit the model.
+        ModelError: the folder holds no adapter, a damaged one, or one that does not fit the model.
     """
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"The folder {folder} holds no adapter: it has no adapter_config.json.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
         use_lean_layers(config)
-        return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=False)
-    except Exception as error:  # a cut file or wrong shapes raise many types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"The adapter in {folder} cannot be put on this model ({reason}).") from None
+        with ignoring_peft_warnings():
+            tuned = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=False)
+            found = tuned.load_adapter(
+                str(folder), "default", is_trainable=False
+            )  # again: only this tells what it lacked
+    except Exception as error:  # noqa: BLE001 - a cut file or wrong shapes raise many types
+        raise ModelError(f"The adapter in {folder} cannot be put on this model ({first_line(error)}).") from None
+    lacking, strange = found.missing_keys, found.unexpected_keys
+    if lacking or strange:
+        what = "it has no weights" if lacking else "the model has no place"
+        name, count = (lacking or strange)[0], len(lacking or strange)
+        raise ModelError(
+            f"The adapter in {folder} cannot be put on this model ({what} for {name}, and {count - 1} others like it)."
+        )
+    return tuned

@@ -12,9 +12,11 @@ Shapes: T packed tokens, H query heads, K key/value heads (H a multiple of K), D
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import ModelError
@@ -44,8 +46,8 @@ def _row_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int)
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if 0 < window < q.shape[2]:
         mask = _window_mask(0, q.shape[2], 0, window, q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
 
 
 @torch.library.custom_op("weitiao::packed_attention", mutates_args=())
@@ -62,7 +64,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scaling: f
     """
     out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device)
     bounds = starts.tolist()
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in pairwise(bounds):
         row = _row_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], scaling, window)
         out[:, a:b] = row.transpose(1, 2)
     return out
@@ -84,7 +86,7 @@ def packed_attention_backward(
         torch.empty_like(v, memory_format=torch.contiguous_format),
     )
     bounds = starts.tolist()
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in pairwise(bounds):
         row = (q[:, :, a:b], k[:, :, a:b], v[:, :, a:b])
         grad = grad_out[:, a:b].transpose(1, 2)
         for whole, part in zip(grads, _row_backward(grad, *row, scaling, window), strict=True):

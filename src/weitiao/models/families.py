@@ -5,7 +5,6 @@ A family says how to recognise a checkpoint and what differs from the common cas
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError
 from ..render.base import Renderer
 from ..render.template import TemplateRenderer
 from .adapters import load_adapter
-from .sources import fingerprint, model_folder
+from .sources import fingerprint, first_line, model_folder, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,13 +71,12 @@ def open_model(
         ModelError: the checkpoint is missing, incomplete, needs code of its own, or cannot be read.
     """
     folder = model_folder(path)
-    tokenizer = load_tokenizer(folder)
-    model: PreTrainedModel | PeftModel = _load_weights(folder, _resolve_dtype(dtype))
     family = family_of(folder)
+    tokenizer = load_tokenizer(folder)
+    base = _load_weights(folder, _resolve_dtype(dtype))
     renderer = TemplateRenderer(tokenizer, extra_stop_ids=_generation_stop_ids(folder))
-    if adapter is not None:
-        model = load_adapter(model, Path(adapter))
-    model.to(device or default_device())
+    model = base if adapter is None else load_adapter(base, Path(adapter))
+    torch.nn.Module.to(model, torch.device(device or default_device()))
     model.eval()
     return OpenModel(
         model=model,
@@ -109,38 +107,31 @@ def _resolve_dtype(name: str) -> torch.dtype:
 
 def family_of(folder: Path) -> Family:
     """The family of the checkpoint in `folder`, by the `model_type` of its config.json."""
-    model_type = _read_config(folder).get("model_type", "")
+    model_type = read_json(folder / "config.json").get("model_type", "")
     return next((family for family in FAMILIES if model_type in family.model_types), OTHER)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{folder / 'config.json'} is not JSON: {error}. Download the model again.") from None
-    return config
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, padding on the left. Raises ModelError when it cannot be read."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
-    except Exception as error:  # tokenizers raise bare Exception on broken files
-        raise ModelError(f"The tokenizer in {folder} cannot be loaded: {error}.") from None
-    return tokenizer  # type: ignore[no-any-return]
+    except Exception as error:  # noqa: BLE001 - tokenizers raise bare Exception on broken files
+        raise ModelError(f"The tokenizer in {folder} cannot be loaded: {first_line(error)}.") from None
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
 
 
 def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=dtype, trust_remote_code=False, output_loading_info=True
             )
-    except Exception as error:  # a cut file, an unknown architecture, a wrong shape: all kinds of types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        model, info = loaded
+    except Exception as error:  # noqa: BLE001 - a cut file, an unknown architecture, a wrong shape: all kinds of types
         raise ModelError(
-            f"The model in {folder} cannot be loaded ({reason}). A file may be cut short or missing: compare its "
+            f"The model in {folder} cannot be loaded ({first_line(error)}). A file may be cut short or missing: compare its "
             f"size with the original or download it again. Models that need code of their own are not run."
         ) from None
     if info["missing_keys"]:
@@ -149,7 +140,8 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             f"The model in {folder} lacks {len(missing)} of its weights ({', '.join(missing[:3])} …). "
             f"A file is missing or cut: download it again."
         )
-    return model  # type: ignore[no-any-return]
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
 def _generation_stop_ids(folder: Path) -> tuple[int, ...]:
@@ -157,7 +149,7 @@ def _generation_stop_ids(folder: Path) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     if not path.is_file():
         return ()
-    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    ids = read_json(path).get("eos_token_id")
     return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from ..errors import ModelError
 from .starter import starter_folder
@@ -25,12 +26,17 @@ def model_folder(path: str) -> Path:
     Raises:
         ModelError: nothing is there; the sentence says what was looked for and what to do.
     """
+    folder = _find_folder(path)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{path} holds no model: it has no config.json.")
+    return folder
+
+
+def _find_folder(path: str) -> Path:
     if path == "starter":
         return starter_folder()
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"The folder {folder} holds no model: it has no config.json.")
         return folder
     if path.startswith("modelscope:"):
         return _from_modelscope(path.removeprefix("modelscope:"))
@@ -47,10 +53,10 @@ def _from_hub(repo_id: str) -> Path:
 
     try:
         return Path(snapshot_download(repo_id, allow_patterns=list(_WANTED_FILES)))
-    except Exception as error:  # the hub's client raises a dozen unrelated types; each becomes the same sentence
+    except Exception as error:  # noqa: BLE001 - the hub's client raises a dozen unrelated types; each becomes the same sentence
         raise ModelError(
             f"{repo_id} is neither a folder here nor could it be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
+            f"({type(error).__name__}: {first_line(error)}). "
             f"Check the spelling and the network, or give a local folder."
         ) from None
 
@@ -62,11 +68,28 @@ def _from_modelscope(repo_id: str) -> Path:
         raise ModelError("ModelScope ids need its client: pip install 'weitiao[modelscope]'") from None
     try:
         return Path(snapshot_download(repo_id, allow_patterns=list(_WANTED_FILES)))
-    except Exception as error:  # as above
+    except Exception as error:  # noqa: BLE001 - as above
         raise ModelError(
-            f"{repo_id} could not be fetched from ModelScope ({type(error).__name__}: {error}). "
+            f"{repo_id} could not be fetched from ModelScope ({type(error).__name__}: {first_line(error)}). "
             f"Check the spelling and the network, or give a local folder."
         ) from None
+
+
+def first_line(error: Exception) -> str:
+    """What another library says went wrong, in one line; the error's type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next(filter(None, lines), type(error).__name__).rstrip(".:")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a checkpoint's `file`. Raises ModelError when it is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} is not JSON: {error}. Download the model again.") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} is not a JSON object. Download the model again.")
+    return value
 
 
 def fingerprint(folder: Path) -> str:
@@ -76,10 +99,10 @@ def fingerprint(folder: Path) -> str:
     moves nearly every weight, so a sample finds another model as surely as the whole file, in milliseconds.
 
     Raises:
-        ModelError: the folder has no weights.
+        ModelError: the folder has no weights, or its config.json is broken.
     """
     digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     for volatile in ("_name_or_path", "transformers_version"):
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True).encode())

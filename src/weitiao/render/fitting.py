@@ -23,6 +23,8 @@ class FittedRows:
     """Examples within the limit, and what was done to get there."""
 
     examples: tuple[Example, ...]
+    records: tuple[Record, ...]
+    """For each example, its record, the text shortened where it had to be."""
     kept: tuple[int, ...]
     """For each example, the place of its record in the input."""
     dropped: tuple[str, ...]
@@ -51,7 +53,7 @@ def fit_rows(
     Raises:
         DataError: policy `error` and some rows are too long, or a row cannot be shortened; all of them are named.
     """
-    examples, kept, dropped, shortened = [], [], [], []
+    examples, fitted, kept, dropped, shortened = [], [], [], [], []
     problems: list[Problem] = []
     for place, (record, task) in enumerate(zip(records, tasks, strict=True)):
         answer = task.write_target(record)
@@ -60,18 +62,26 @@ def fit_rows(
             if overlong == "drop":
                 dropped.append(record.source)
                 continue
-            shorter = shorten_record(record, renderer, num_answer=example.num_supervised, max_length=max_length)
-            if overlong == "error" or shorter is None:
+            shorter = None
+            if overlong == "shorten_input":
+                shorter = shorten_record(record, renderer, num_answer=example.num_supervised, max_length=max_length)
+            if shorter is None:
                 problems.append(_too_long(record, example, max_length, overlong))
                 continue
             shortened.append(record.source)
-            example = renderer.render_example(shorter.messages, answer)
+            record = shorter
+            example = renderer.render_example(record.messages, answer)
         examples.append(example)
+        fitted.append(record)
         kept.append(place)
     if problems:
         raise DataError(f"{len(problems)} of {len(records)} rows are longer than {max_length} tokens.", problems)
     return FittedRows(
-        examples=tuple(examples), kept=tuple(kept), dropped=tuple(dropped), shortened=tuple(shortened)
+        examples=tuple(examples),
+        records=tuple(fitted),
+        kept=tuple(kept),
+        dropped=tuple(dropped),
+        shortened=tuple(shortened),
     )
 
 
@@ -104,4 +114,6 @@ def _too_long(record: Record, example: Example, max_length: int, overlong: Overl
         )
     else:
         fix = f"Its text cannot be shortened enough: set data.max_length={len(example)} or more, or shorten the row."
-    return Problem(source=record.source, field="target" if num_prompt < max_length / 2 else "text", message=sizes, fix=fix)
+    return Problem(
+        source=record.source, field="target" if num_prompt < max_length / 2 else "text", message=sizes, fix=fix
+    )

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANSWER_MARK = "\ue000weitiao-answer\ue001"
-_ESCAPE = "\ue002{}\ue003"
-_ESCAPED = re.compile("\ue002(\\d+)\ue003")
-_ANCHOR = "\n"
+_OPEN, _CLOSE = "\ue002", "\ue003"
+_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_ANCHORS = ("\ue000", "\n")
 
 
 class TemplateRenderer(Renderer):
@@ -33,17 +33,15 @@ class TemplateRenderer(Renderer):
             extra_stop_ids: further tokens that end an answer, such as those of generation_config.json.
 
         Raises:
-            RenderError: the tokenizer has no end token, or cannot encode a text in parts.
+            RenderError: the tokenizer has no end token, no single chat template, or cannot encode a text in parts.
         """
         self._tokenizer = tokenizer
-        self._template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-        if isinstance(tokenizer.chat_template, dict):
-            self._template = tokenizer.chat_template["default"]
-        self._control = self._control_strings()
-        self._control_pattern = re.compile(
-            "|".join(re.escape(text) for text in sorted(self._control, key=len, reverse=True)) or r"(?!)"
-        )
-        self._anchor_ids = self._find_anchor()
+        self._template = _template_of(tokenizer)
+        control = self._control_strings()
+        self._control_pattern = _any_of(control)
+        self._escaped = [*control, _OPEN, _CLOSE]
+        self._escaped_pattern = _any_of(self._escaped)
+        self._anchor, self._anchor_ids = self._find_anchor()
         self._end_ids = self._find_end()
         others = [i for i in (tokenizer.eos_token_id, *extra_stop_ids) if isinstance(i, int)]
         self._stop_ids = tuple(dict.fromkeys([self._end_ids[-1], *others]))
@@ -60,31 +58,30 @@ class TemplateRenderer(Renderer):
         if not messages or messages[-1].role != "user":
             raise RenderError("A prompt must end with a message of the user.")
         if self._template:
-            return tuple(self._encode_with_control(self._apply_template(messages, prompt=True), messages))
-        return (*self._opening_ids(), *self._encode(self._plain_text(messages)))
+            return tuple(self._encode_templated(self._apply_template(messages, prompt=True)))
+        return (*self._opening_ids(), *self._encode(self._cut(self._plain_text(messages)), opening=True))
 
     def render_answer(self, answer: str) -> tuple[int, ...]:
-        return (*self._encode(answer), *self._end_ids)
+        return (*self._encode(self._cut(answer)), *self._end_ids)
 
     def read_answer(self, token_ids: Sequence[int]) -> str:
         kept = list(token_ids)
         while kept and kept[-1] in self._stop_ids:
             kept.pop()
-        return self._decode([*self._anchor_ids, *kept]).removeprefix(_ANCHOR if self._anchor_ids else "")
+        before_end = self._end_ids[:-1]  # such as the blank that Llama 2 writes between an answer and </s>
+        if before_end and len(kept) < len(token_ids) and kept[-len(before_end) :] == before_end:
+            del kept[-len(before_end) :]
+        return self._decode_inside(kept)
 
     def show_tokens(self, token_ids: Sequence[int]) -> list[str]:
-        shown: list[str] = []
+        shown = [""] * len(token_ids)
         start = 0
         for end in range(1, len(token_ids) + 1):
-            text = self._decode(token_ids[start:end])
-            if "\ufffd" in text and end - start < 8:
-                shown.append("")
-                continue
-            shown.append("")
-            shown[start] = text
-            start = end
-        if start < len(token_ids):
-            shown[start] = self._decode(token_ids[start:])
+            piece = token_ids[start:end]
+            text = self._decode_inside(piece) if start else self._decode(piece)
+            incomplete = text.endswith("\ufffd") and len(piece) < 8
+            if not incomplete or end == len(token_ids):
+                shown[start], start = text, end
         return shown
 
     # ---- text -------------------------------------------------------------------------------------------------
@@ -104,15 +101,14 @@ class TemplateRenderer(Renderer):
             text = self._tokenizer.apply_chat_template(
                 escaped, tokenize=False, add_generation_prompt=prompt, enable_thinking=False
             )
-        except Exception as error:  # a template raises jinja's errors for roles or orders it does not know
+        except Exception as error:  # noqa: BLE001 - a template raises jinja's errors for roles or orders it does not know
             roles = ", ".join(message.role for message in messages)
             raise RenderError(f"The model's chat template refuses a conversation of {roles}: {error}.") from None
         return str(text)
 
     def _escape(self, text: str) -> str:
-        if "\ue002" in text or "\ue003" in text:
-            raise RenderError("A message holds the private characters U+E002 or U+E003, which mark control text here.")
-        return self._control_pattern.sub(lambda match: _ESCAPE.format(self._control.index(match.group())), text)
+        """`text` with a numbered mark in the place of every control string, and of the characters that make a mark."""
+        return self._escaped_pattern.sub(lambda match: f"{_OPEN}{self._escaped.index(match.group())}{_CLOSE}", text)
 
     def _control_strings(self) -> list[str]:
         """Every string the tokenizer would turn into a control token."""
@@ -128,46 +124,78 @@ class TemplateRenderer(Renderer):
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
 
-    def _encode(self, text: str) -> list[int]:
-        """Ids of plain text: no part of it becomes a control token."""
-        return self._encode_with_control(self._control_pattern.sub(
-            lambda match: _ESCAPE.format(self._control.index(match.group())), text), ())  # fmt: skip
+    def _decode_inside(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens that follow others: tokenizers that drop a text's first blank keep it here."""
+        if not self._anchor_ids:
+            return self._decode(token_ids)
+        return self._decode([*self._anchor_ids, *token_ids]).removeprefix(self._decode(self._anchor_ids))
 
-    def _encode_with_control(self, text: str, messages: Sequence[Message]) -> list[int]:
-        """Ids of `text` whose control strings are meant, and whose numbered marks are plain text.
+    def _encode_templated(self, text: str) -> list[int]:
+        """Ids of templated text, whose control strings are meant and whose numbered marks are plain text.
 
         The text is cut only where a mark stands, so everything else is tokenised exactly as the tokenizer would.
         """
+        pieces: list[str] = []
+        for place, part in enumerate(_MARK.split(text)):
+            pieces += self._cut(self._escaped[int(part)]) if place % 2 else [part]
+        return self._encode(pieces, opening=True)
+
+    def _cut(self, text: str) -> list[str]:
+        """Plain text in pieces none of which holds a whole control string: each is cut behind its first character."""
+        pieces: list[str] = []
+        while found := self._control_pattern.search(text):
+            if len(found.group()) == 1:
+                raise RenderError(
+                    f"The text holds {found.group()!r}, a control token of one character, which this tokenizer cannot "
+                    f"write as text. Remove it from the row."
+                )
+            pieces.append(text[: found.start() + 1])
+            text = text[found.start() + 1 :]
+        return [*pieces, text]
+
+    def _encode(self, pieces: Sequence[str], *, opening: bool = False) -> list[int]:
+        """Ids of `pieces` one after the other; `opening` says that nothing but control tokens stands before them."""
         ids: list[int] = []
-        for place, piece in enumerate(_ESCAPED.split(text)):
-            if place % 2:  # a mark: its first character apart from the rest, so that no control string forms
-                control = self._control[int(piece)]
-                ids += self._piece(control[:1]) + self._piece(control[1:])
-            elif piece:
-                ids += self._piece(piece)
+        for piece in filter(None, pieces):
+            ids += self._tokenize(piece) if opening or not self._anchor else self._tokenize_behind(self._anchor, piece)
+            opening = False
         return ids
 
-    def _piece(self, text: str) -> list[int]:
-        """Ids of one piece of text. Behind the anchor, tokenizers that put a space before a text do not."""
-        if not text or not self._anchor_ids:
-            return self._tokenize(text) if text else []
-        return self._tokenize(_ANCHOR + text)[len(self._anchor_ids) :]
+    def _tokenize_behind(self, anchor: str, text: str) -> list[int]:
+        """Ids of `text` inside a longer text: tokenizers that put a blank before every text do not put it here."""
+        anchor_ids, ids = self._tokenize(anchor), self._tokenize(anchor + text)
+        if ids[: len(anchor_ids)] != anchor_ids:
+            raise RenderError(f"The tokenizer {type(self._tokenizer).__name__} cannot encode {text[:40]!r} in parts.")
+        return ids[len(anchor_ids) :]
 
-    def _find_anchor(self) -> list[int]:
-        """No anchor where the tokens of parts simply follow each other; the newline's ids where they must not."""
-        probe = ("答案：a", '```json\n["b"]')
-        if self._decode(self._tokenize(probe[0]) + self._tokenize(probe[1])) == "".join(probe):
-            return []
-        anchor = self._tokenize(_ANCHOR)
-        ids = self._tokenize(_ANCHOR + probe[1])
-        if ids[: len(anchor)] != anchor or self._decode(self._tokenize(probe[0]) + ids[len(anchor) :]) != "".join(probe):
-            raise RenderError(
-                f"The tokenizer {type(self._tokenizer).__name__} cannot encode a prompt and an answer in parts, "
-                f"so a prompt would not be the beginning of its training example."
-            )
-        return anchor
+    def _find_anchor(self) -> tuple[str, list[int]]:
+        """No anchor where the tokens of parts simply follow each other; else a text behind which they do.
+
+        Llama 2's tokenizer puts a blank before every text and drops it on decoding, so the answer of a prompt must
+        be encoded as what it is: the inside of a text.
+        """
+        before = "答案：a"
+        probes = ('```json\n["b"]', "b", " b", "\nb")
+
+        def joins(text: str, ids: list[int]) -> bool:
+            return self._decode(self._tokenize(before) + ids) == before + text
+
+        if all(joins(text, self._tokenize(text)) and self._decode(self._tokenize(text)) == text for text in probes):
+            return "", []
+        for anchor in _ANCHORS:
+            try:
+                if all(joins(text, self._tokenize_behind(anchor, text)) for text in probes):
+                    return anchor, self._tokenize(anchor)
+            except RenderError:
+                continue
+        raise RenderError(
+            f"The tokenizer {type(self._tokenizer).__name__} cannot encode a prompt and an answer in parts, "
+            f"so a prompt would not be the beginning of its training example."
+        )
 
     def _opening_ids(self) -> list[int]:
         """What the tokenizer puts before every text, such as ``<bos>``; an end token it adds is left out."""
@@ -180,7 +208,7 @@ class TemplateRenderer(Renderer):
             text = self._apply_template(
                 [Message(role="user", text="?"), Message(role="assistant", text=_ANSWER_MARK)], prompt=False
             )
-            after = self._tokenize(text.partition(_ANSWER_MARK)[2])
+            after = self._encode([text.partition(_ANSWER_MARK)[2]])
             special = set(self._tokenizer.all_special_ids)
             special |= {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
             first = next((place for place, i in enumerate(after) if i in special), None)
@@ -189,3 +217,18 @@ class TemplateRenderer(Renderer):
         if not isinstance(self._tokenizer.eos_token_id, int):
             raise RenderError("The tokenizer has no end-of-sequence token, so answers could never end.")
         return [self._tokenizer.eos_token_id]
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template that transformers uses when none is named; empty when the tokenizer has none."""
+    template: str | dict[str, str] | None = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise RenderError(f"The tokenizer has chat templates {', '.join(template)}, but none is called default.")
+        return template["default"]
+    return template or ""
+
+
+def _any_of(strings: Sequence[str]) -> re.Pattern[str]:
+    """A pattern that finds any of `strings`, the longest first; one that finds nothing when there are none."""
+    return re.compile("|".join(re.escape(text) for text in sorted(strings, key=len, reverse=True)) or r"(?!)")

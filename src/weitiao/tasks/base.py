@@ -68,7 +68,7 @@ class Task:
     @property
     def primary_metric(self) -> str:
         """The figure that stands for the task where one number is needed: `f1`, `accuracy` or `rouge_l`."""
-        return _SCORERS[self.kind].PRIMARY_METRIC
+        return str(_SCORERS[self.kind].PRIMARY_METRIC)
 
     def gold(self, record: Record) -> Answer:
         """The parsed gold answer of `record`. Raises FormError when it does not fit the form."""
@@ -101,7 +101,9 @@ class Task:
         """Rows of the per-predicate, per-key or per-label table: name, support, precision, recall, f1."""
         return [
             {"name": name, "support": int(tp + fn), **dict(zip(("precision", "recall", "f1"), prf(tp, fp, fn)))}
-            for name, (tp, fp, fn) in sorted(_by_name(counts).items(), key=lambda row: (-(row[1][0] + row[1][2]), row[0]))
+            for name, (tp, fp, fn) in sorted(
+                _by_name(counts).items(), key=lambda row: (-(row[1][0] + row[1][2]), row[0])
+            )
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -111,9 +113,7 @@ class Task:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Task:
         """The task that `to_json` wrote."""
-        return cls(
-            name=data["name"], form=AnswerForm.from_json(data["form"]), wordings=tuple(data.get("wordings", ()))
-        )
+        return cls(name=data["name"], form=AnswerForm.from_json(data["form"]), wordings=tuple(data.get("wordings", ())))
 
 
 def prf(tp: float, fp: float, fn: float) -> tuple[float, float, float]:
@@ -155,9 +155,9 @@ def infer_tasks(records: Sequence[Record]) -> tuple[Task, ...]:
     groups: defaultdict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in records:
         groups[_group_key(record)].append(record)
-    groups = _without_mistakes(groups)
+    kept = _without_mistakes(groups)
     tasks: list[Task] = []
-    for key, members in sorted(groups.items(), key=lambda group: -len(group[1])):
+    for key, members in sorted(kept.items(), key=lambda group: -len(group[1])):
         parts = [members] if key[0] == "declared" else _split_by_wording(key, members)
         for part in parts:
             name = key[1] if key[0] == "declared" else _free_name(_plain_name(key, part), tasks)
@@ -276,9 +276,7 @@ def _split_by_wording(key: tuple[str, ...], members: list[Record]) -> list[list[
         by_wording[wording(record)].append(record)
     if key[0] not in ("label list", "text") or len(by_wording) * 3 > len(members):
         return [members]
-    sets = {
-        words: {label for record in rows for label in _labels(record)} for words, rows in by_wording.items()
-    }
+    sets = {words: {label for record in rows for label in _labels(record)} for words, rows in by_wording.items()}
     if key[0] == "text":
         closed = {w for w, rows in by_wording.items() if is_closed_set([str(r.target) for r in rows])}
         free = [record for words, rows in by_wording.items() if words not in closed for record in rows]

@@ -19,7 +19,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -123,20 +123,20 @@ class AnswerForm:
         fence_open, fence_close = fences.most_common(1)[0][0] if fences else ("", "")
         style = _spelling([(body, value) for (_, body, _), value in zip(split, values) if body is not None])
         lengths = [len(value) for value in values if isinstance(value, list)] or [0]
-        shared = {
-            "shape": shape,
-            "style": style,
-            "fence_open": fence_open,
-            "fence_close": fence_close,
-            "min_items": min(lengths),
-            "max_items": max(lengths),
-        }
+        form = cls(
+            shape=shape,
+            style=style,
+            fence_open=fence_open,
+            fence_close=fence_close,
+            min_items=min(lengths),
+            max_items=max(lengths),
+        )
         if shape == "label list":
             items = [item for value in values for item in value]
             if not is_closed_set(items):
                 return cls(shape="text")
-            return cls(**shared, labels=tuple(sorted(set(items))))
-        return cls(**shared, fields=_fields(values, texts))
+            return replace(form, labels=tuple(sorted(set(items))))
+        return replace(form, fields=_fields(values, texts))
 
     # ---- writing and parsing ---------------------------------------------------------------------------------
 
@@ -182,7 +182,9 @@ class AnswerForm:
         if isinstance(target, str):
             return self.parse(target)
         if self.shape in ("text", "label"):
-            raise FormError(f"The target is a JSON {kind_of(target)}, but the other targets of its task are plain text.")
+            raise FormError(
+                f"The target is a JSON {kind_of(target)}, but the other targets of its task are plain text."
+            )
         self._check(target)
         return self._ordered(target)
 
@@ -193,7 +195,9 @@ class AnswerForm:
         if not text.startswith(opening):
             raise FormError(f"The answer must open with {opening!r} but starts with {text[:20]!r}.")
         if not text.endswith(closing) or len(text) < len(opening) + len(closing):
-            raise FormError(f"The code fence is never closed: the answer must end with {closing!r}, not {text[-20:]!r}.")
+            raise FormError(
+                f"The code fence is never closed: the answer must end with {closing!r}, not {text[-20:]!r}."
+            )
         return text[len(opening) : len(text) - len(closing)].strip()
 
     def _ordered(self, answer: Answer) -> Answer:
@@ -407,7 +411,7 @@ def _field(key: str, pairs: Sequence[tuple[Answer, str]]) -> Field:
 
 def _absent_value(counts: Counter[str], strings: Sequence[tuple[str, str]]) -> str | None:
     """The placeholder of absence: one string that never occurs in its text while nearly all others always do."""
-    never = {string for string in counts} - {string for string, text in strings if string in text}
+    never = set(counts) - {string for string, text in strings if string in text}
     candidates = [string for string in never if counts[string] >= max(2, 0.02 * len(strings))]
     others = [(string, text) for string, text in strings if string not in candidates]
     if len(candidates) != 1 or not others:

@@ -44,7 +44,7 @@ def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def chrf(reference: str, answer: str, *, max_order: int = 6, beta: float = 2.0) -> float:
-    """chrF (0–1) of one pair; 1 when both are empty. Orders that neither text is long enough for do not count."""
+    """ChrF (0–1) of one pair; 1 when both are empty. Orders that neither text is long enough for do not count."""
     a, b = ("".join(text.split()) for text in (reference, answer))
     if not a or not b:
         return float(a == b)

@@ -8,6 +8,7 @@ Shapes: T tokens of one forward pass, R rows in it, N supervised positions.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,18 +61,28 @@ class Batch:
 def epoch_order(weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
     """The rows of one epoch in random order: a row of weight 2 twice, of weight 0.5 in every other epoch.
 
+    A fractional row's epochs are evenly spaced from a random first one, so a few epochs cannot miss it by chance.
+
     Args:
         weights: for each row, how often it is seen per epoch.
         seed: the run's seed.
         epoch: number of the epoch, from 0.
     """
-    rng = random.Random(f"{seed}/{epoch}")
-    order = [row for row, weight in enumerate(weights) for _ in range(int(weight) + (rng.random() < weight % 1))]
-    rng.shuffle(order)
+    phases = random.Random(f"{seed}/phases")
+    order = [row for row, weight in enumerate(weights) for _ in range(_times(weight, epoch, phases.random()))]
+    random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
 
 
-def step_rows(weights: Sequence[float], *, batch_size: int, seed: int, first_step: int) -> Iterator[tuple[int, list[int]]]:
+def _times(weight: float, epoch: int, phase: float) -> int:
+    """How often a row is seen in `epoch`: over any epochs in a row, their number times `weight`, rounded."""
+    share = weight % 1
+    return int(weight) + math.floor((epoch + 1) * share + phase) - math.floor(epoch * share + phase)
+
+
+def step_rows(
+    weights: Sequence[float], *, batch_size: int, seed: int, first_step: int
+) -> Iterator[tuple[int, list[int]]]:
     """Endless ``(epoch, rows)`` of the optimiser steps, from step number `first_step` on. No row is ever left over."""
     step, epoch = 0, 0
     while True:

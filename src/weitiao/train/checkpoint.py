@@ -7,9 +7,14 @@ model) is written down once per run. Tensors are read back with `weights_only`.
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pickle
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +58,14 @@ def save_checkpoint(
 
     def fill(folder: Path) -> None:
         weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-        save_file(weights, folder / _WEIGHTS)
+        with rust_os_errors():
+            save_file(weights, folder / _WEIGHTS)
         rng = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             rng["cuda"] = torch.cuda.get_rng_state()
-        torch.save(
-            {"optimiser": optimiser.state_dict(), "scheduler": scheduler.state_dict(), "rng": rng},
-            folder / _OPTIMISER,
-        )
+        states = io.BytesIO()  # into a file, torch would hide that the disk is full
+        torch.save({"optimiser": optimiser.state_dict(), "scheduler": scheduler.state_dict(), "rng": rng}, states)
+        (folder / _OPTIMISER).write_bytes(states.getbuffer())
         write_json(folder / _STATE, asdict(progress))
 
     path = run.checkpoints / f"step-{progress.step:06}"
@@ -68,6 +73,18 @@ def save_checkpoint(
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return path
+
+
+@contextmanager
+def rust_os_errors() -> Iterator[None]:
+    """Give the operating system's errors back their type: libraries in Rust raise their own, with the number in it."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
 
 def list_checkpoints(run: RunFolder) -> list[Path]:
@@ -89,8 +106,11 @@ def load_checkpoint(
     try:
         weights = load_file(path / _WEIGHTS)
         states = torch.load(path / _OPTIMISER, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise RunError(f"The checkpoint {path} cannot be read ({error}). Delete it to resume from the one before.") from None
+    except (OSError, EOFError, SafetensorError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise RunError(
+            f"The checkpoint {path} cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
+            f"Delete it to resume from the one before."
+        ) from None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

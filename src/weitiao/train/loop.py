@@ -22,11 +22,12 @@ from rich.console import Console
 from transformers import PreTrainedModel, get_scheduler
 
 from ..errors import RunError
+from ..models.adapters import base_model
 from ..recipe import Train
 from ..render.base import Example
 from ..runs import RunFolder, write_folder
 from .batches import Batch, make_batches, num_steps, step_rows
-from .checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import Progress, list_checkpoints, load_checkpoint, rust_os_errors, save_checkpoint
 from .model import TrainedModel, can_compile, check_head
 from .plan import COMPILE_REPAYS_SECONDS, make_plan
 from .progress import TrainingDisplay, draw_curve, format_seconds
@@ -41,6 +42,9 @@ class Scoring:
     tasks: dict[str, dict[str, float]]
     """For each task its metrics, the chosen one under ``primary`` as well."""
 
+
+_DEAD_LOSS = 0.1
+"""Above this loss a gradient of exactly zero means that the model is broken, not that it has learnt everything."""
 
 OnEval = Callable[[PreTrainedModel], Scoring]
 
@@ -83,13 +87,12 @@ def train(
         on_eval: scores the model on the dev rows by generation; without it the dev loss chooses the best step.
         console: where progress is shown.
     """
-    console = console or Console(stderr=True)
-    base = model.get_base_model()
+    console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
+    base = base_model(model)
     if settings.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
+        base.activation_checkpointing_enable()
     plan = make_plan(base, examples, weights, settings)
-    console.print(plan.describe(), highlight=False)
+    console.print(plan.describe(), soft_wrap=True)
     torch.manual_seed(settings.seed)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision=_mixed_precision(base))
     optimiser = _make_optimiser(model, settings)
@@ -101,46 +104,48 @@ def train(
     progress = Progress(step=0, compiled=_should_compile(settings, plan.seconds))
     if checkpoints := list_checkpoints(run):
         progress = load_checkpoint(checkpoints[-1], trained, optimiser, scheduler)
-        console.print(f"Going on from step {progress.step} ({checkpoints[-1]}).", highlight=False)
+        console.print(f"Going on from step {progress.step} ({checkpoints[-1]}).", soft_wrap=True)
     run.rewind_metrics(progress.step)
     if progress.compiled:
-        console.print("Compiling the layers: the first step takes about a minute.", highlight=False)
+        console.print("Compiling the layers: the first step takes about a minute.", soft_wrap=True)
         trained.compile_layers()
 
     trained.train()
     order = step_rows(weights, batch_size=settings.batch_size, seed=settings.seed, first_step=progress.step)
-    with TrainingDisplay(run, total_steps=plan.steps, first_step=progress.step, console=console) as display:
-        with _interruptible(display) as interrupted:
-            for step in range(progress.step + 1, plan.steps + 1):
-                started = time.monotonic()
-                epoch, rows = next(order)
-                batches = _step_batches([examples[row] for row in rows], settings, accelerator.device)
-                loss, grad_norm = _take_step(trained, batches, optimiser, scheduler, accelerator, settings)
-                progress = _advance(progress, step, loss, started)
-                display.advance(step, sum(batch.num_tokens for batch in batches))
+    display = TrainingDisplay(run, total_steps=plan.steps, first_step=progress.step, console=console)
+    stopped_early = 0 < settings.patience <= progress.scorings_since_best  # when a stopped run is resumed
+    last_step = progress.step if stopped_early else plan.steps
+    with display, _interruptible(display) as interrupted:
+        for step in range(progress.step + 1, last_step + 1):
+            started = time.monotonic()
+            epoch, rows = next(order)
+            batches = _step_batches([examples[row] for row in rows], settings, accelerator.device)
+            loss, grad_norm = _take_step(trained, batches, optimiser, scheduler, accelerator, settings)
+            progress = _advance(progress, step, loss, started)
+            display.advance(step, sum(batch.num_tokens for batch in batches))
 
-                last = step == plan.steps
-                if step % settings.log_every == 0 or last:
-                    display.log(
-                        step=step,
-                        epoch=step / plan.steps * settings.epochs,
-                        loss=math.fsum(progress.window) / len(progress.window),
-                        learning_rate=scheduler.get_last_lr()[0],
-                        grad_norm=grad_norm,
-                    )
-                    progress = replace(progress, window=())
-                ends_epoch = step == num_steps(weights, batch_size=settings.batch_size, seed=settings.seed,
-                                               epochs=epoch + 1)  # fmt: skip
-                if _is_due(settings.evaluate_every, step, ends_epoch=ends_epoch, last=last):
-                    progress = _score(trained, dev_examples, on_eval, settings, run, model, progress, display)
-                stopped_early = 0 < settings.patience <= progress.scorings_since_best
-                if _is_due(settings.save_every, step, ends_epoch=ends_epoch, last=last) or interrupted() or stopped_early:
-                    save_checkpoint(run, trained, optimiser, scheduler, progress, keep=settings.keep_checkpoints)
-                if stopped_early:
-                    display.say(f"No better score in {settings.patience} scorings: stopping at step {step}.")
-                    break
-                if interrupted() and not last:
-                    return _outcome(progress, plan.steps, finished=False)
+            last = step == plan.steps
+            if step % settings.log_every == 0 or last:
+                display.log(
+                    step=step,
+                    epoch=step / plan.steps * settings.epochs,
+                    loss=math.fsum(progress.window) / len(progress.window),
+                    learning_rate=float(scheduler.get_last_lr()[0]),
+                    grad_norm=grad_norm,
+                )
+                progress = replace(progress, window=())
+            ends_epoch = step == num_steps(weights, batch_size=settings.batch_size, seed=settings.seed,
+                                           epochs=epoch + 1)  # fmt: skip
+            if _is_due(settings.evaluate_every, step, ends_epoch=ends_epoch, last=last):
+                progress = _score(trained, dev_examples, on_eval, settings, run, model, progress, display)
+            stopped_early = 0 < settings.patience <= progress.scorings_since_best
+            if _is_due(settings.save_every, step, ends_epoch=ends_epoch, last=last) or interrupted() or stopped_early:
+                save_checkpoint(run, trained, optimiser, scheduler, progress, keep=settings.keep_checkpoints)
+            if stopped_early:
+                display.say(f"No better score in {settings.patience} scorings: stopping at step {step}.")
+                break
+            if interrupted() and not last:
+                return _outcome(progress, plan.steps, finished=False)
     _keep_best(run, model, progress)
     draw_curve(run.curve, run.read_metrics())
     return _outcome(progress, plan.steps, finished=True)
@@ -162,10 +167,12 @@ def _take_step(
         total += loss.item()
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
-    if not math.isfinite(total) or not math.isfinite(norm):
+    # weights so large that a norm layer's variance is infinite give hidden states of zero: no gradient, ever again
+    dead = norm == 0 and total > _DEAD_LOSS
+    if not math.isfinite(total) or not math.isfinite(norm) or dead:
         raise RunError(
             f"The loss is {total} and the gradient's norm {norm}: training has diverged. Lower train.learning_rate "
-            f"(now {settings.learning_rate}) and resume from the last checkpoint, or start again."
+            f"(now {settings.learning_rate}) and start again under another name, with name=OTHER."
         )
     optimiser.step()
     scheduler.step()
@@ -246,7 +253,8 @@ def _dev_loss(trained: TrainedModel, dev_examples: Sequence[Example], settings: 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter into `folder` in PEFT's format."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    with rust_os_errors():
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def _keep_best(run: RunFolder, model: PeftModel, progress: Progress) -> None:
@@ -274,8 +282,6 @@ def _outcome(progress: Progress, steps: int, *, finished: bool) -> Outcome:
 
 
 def _should_compile(settings: Train, seconds: float) -> bool:
-    if settings.compile == "always" and not can_compile():
-        raise RunError("train.compile=always needs a C++ compiler (g++ or clang++). Install one, or set train.compile=never.")
     return settings.compile == "always" or (
         settings.compile == "auto" and can_compile() and seconds > COMPILE_REPAYS_SECONDS
     )
@@ -300,9 +306,9 @@ def _make_scheduler(
     optimiser: torch.optim.Optimizer, settings: Train, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    return get_scheduler(
-        name, optimiser, num_warmup_steps=math.ceil(settings.warmup * steps), num_training_steps=steps
-    )
+    warmup = math.ceil(settings.warmup * steps)
+    scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(name, optimiser, warmup, steps)
+    return scheduler
 
 
 @contextmanager
@@ -322,4 +328,3 @@ def _interruptible(display: TrainingDisplay) -> Iterator[Callable[[], bool]]:
         yield lambda: pressed > 0
     finally:
         signal.signal(signal.SIGINT, previous)
-

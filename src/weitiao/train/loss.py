@@ -23,6 +23,9 @@ _SOFTMAX_BYTES = 1 << 23
 """Float32 probabilities in flight inside a chunk, small enough for the cache: 42 ms for 256 rows against 109 ms at
 four times the size, and against 154 ms with fresh memory each time."""
 
+_EXACT_UNTIL = 80.0
+"""A loss above this comes from a probability near the smallest normal float32 or below: its log may be 0.4 % off."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
@@ -66,7 +69,7 @@ def supervised_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head
 
 class _SupervisedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         targets: Tensor,
@@ -118,7 +121,7 @@ class _SupervisedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = (None if grad is None else grad * upstream.to(grad.dtype) for grad in ctx.grads)
         return hidden, None, None, weight, bias, None, None
 
@@ -133,10 +136,10 @@ def _softmax_in_place(logits: Tensor, targets: Tensor) -> Tensor:
         block = logits[start : start + rows]
         wanted = targets[start : start + rows, None]
         probabilities = buffer[: block.numel()].view(block.shape)
-        # log-softmax of a block costs a second pass; -log p is as exact until p underflows, which is checked below
+        # log-softmax of a block costs a second pass; -log p is as exact until p is denormal (exp(-87.3)), checked below
         torch.softmax(block, -1, dtype=torch.float32, out=probabilities)
         loss = -probabilities.gather(1, wanted)[:, 0].log()
-        if not torch.isfinite(loss).all():
+        if not (loss < _EXACT_UNTIL).all():  # not `>=`: NaN counts too
             loss = block.float().logsumexp(-1) - block.gather(1, wanted)[:, 0].float()
         losses[start : start + rows] = loss
         block.copy_(probabilities)

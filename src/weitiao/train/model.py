@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import ModelError
+from ..errors import ModelError, RunError
 from ..models.attention import PACKED
+from ..recipe import Train
 from .batches import Batch
 from .loss import head_of, supervised_loss
 
@@ -70,6 +71,14 @@ class TrainedModel(nn.Module):
 def can_compile() -> bool:
     """Whether this machine has what `torch.compile` needs: a C++ compiler, or a GPU."""
     return torch.cuda.is_available() or any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+
+
+def require_compiler(settings: Train) -> None:
+    """Raise RunError when `settings` ask for `torch.compile` and this machine cannot: before anything is written."""
+    if settings.compile == "always" and not can_compile():
+        raise RunError(
+            "train.compile=always needs a C++ compiler (g++ or clang++). Install one, or set train.compile=never."
+        )
 
 
 def check_head(trained: TrainedModel, batch: Batch) -> None:

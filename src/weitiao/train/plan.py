@@ -49,9 +49,7 @@ class Plan:
         )
 
 
-def make_plan(
-    model: PreTrainedModel, examples: Sequence[Example], weights: Sequence[float], settings: Train
-) -> Plan:
+def make_plan(model: PreTrainedModel, examples: Sequence[Example], weights: Sequence[float], settings: Train) -> Plan:
     """Estimate the run of `model` (adapter in place) over `examples`."""
     tokens = round(sum(len(example) * weight for example, weight in zip(examples, weights, strict=True)))
     supervised = round(sum(e.num_supervised * weight for e, weight in zip(examples, weights, strict=True)))
@@ -81,7 +79,9 @@ def _memory(model: PreTrainedModel, tokens: int, trainable: int, *, checkpointin
     config = model.config
     item = model.get_output_embeddings().weight.element_size()
     weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
-    per_token_layer = (24 * config.hidden_size + 6 * getattr(config, "intermediate_size", 4 * config.hidden_size)) * item
+    per_token_layer = (
+        24 * config.hidden_size + 6 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    ) * item
     layers = 2 if checkpointing else config.num_hidden_layers
     return int(weights + 12 * trainable + tokens * layers * per_token_layer + (1 << 28) + (400 << 20))
 

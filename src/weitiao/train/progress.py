@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from ..runs import RunFolder
+from ..runs import RunFolder, write_bytes
 
 
 class TrainingDisplay:
@@ -47,7 +48,7 @@ class TrainingDisplay:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, soft_wrap=True)
 
     def advance(self, step: int, num_tokens: int) -> None:
         """One optimiser step is done."""
@@ -100,6 +101,7 @@ def draw_curve(path: Path, metrics: Sequence[dict[str, Any]]) -> None:
     if scored:
         steps = [line["step"] for line in scored]
         axes.plot(steps, [line["loss"] for line in scored], "o-", label="dev loss", color="tab:orange")
+    if scored and scored[-1]["scores"]:
         right = axes.twinx()
         for number, task in enumerate(scored[-1]["scores"]):
             values = [line["scores"].get(task, {}).get("primary", float("nan")) for line in scored]
@@ -112,6 +114,6 @@ def draw_curve(path: Path, metrics: Sequence[dict[str, Any]]) -> None:
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper right")
     axes.grid(alpha=0.3)
-    temporary = path.with_name(f".tmp-{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    write_bytes(path, image.getvalue())

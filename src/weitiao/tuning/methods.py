@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from ..errors import RecipeError
-from ..models.adapters import use_lean_layers
+from ..models.adapters import ignoring_peft_warnings, use_lean_layers
 from ..recipe import Lora
 
 
@@ -24,15 +22,13 @@ def add_adapter(model: PreTrainedModel, method: Lora, *, seed: int) -> PeftModel
     targets = method.targets if isinstance(method.targets, str) else list(method.targets)
     config = LoraConfig(
         r=method.rank,
-        lora_alpha=method.alpha,  # type: ignore[arg-type]  # annotated int, any number works
+        lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
     use_lean_layers(config)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # PEFT 0.21 reads a property that transformers 5.23 has renamed
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    with torch.random.fork_rng(), ignoring_peft_warnings():
         torch.manual_seed(seed)
         try:
             tuned = get_peft_model(model, config)
@@ -42,7 +38,7 @@ def add_adapter(model: PreTrainedModel, method: Lora, *, seed: int) -> PeftModel
                 f"method.targets={method.targets!r} matches no layer of this model ({error}). "
                 f"Its linear layers: {', '.join(sorted(linear))}; or use all-linear."
             ) from None
-    return tuned  # type: ignore[return-value]
+    return tuned
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
