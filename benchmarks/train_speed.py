@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -76,7 +77,7 @@ def run_weitiao(options: argparse.Namespace) -> None:
 
 def _batches(rows: Any) -> Any:
     examples = [Example(token_ids=row.input_ids, loss_mask=tuple(label >= 0 for label in row.labels)) for row in rows]
-    return make_batches(examples, tokens_per_pass=4096)
+    return make_batches(examples, tokens_per_pass=int(os.environ.get('TPP','2048')))
 
 
 def measure(side: str, options: argparse.Namespace, adapter: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,18 @@ class Contract:
             raise ContractError(f"There is no contract {path}. Only a finished run has one.") from None
         except (OSError, ValueError) as error:
             raise ContractError(f"The contract {path} cannot be read: {error}. Train the run again.") from None
+        if not isinstance(data, dict):
+            raise ContractError(f"The contract {path} cannot be read: it is no JSON object. Train the run again.")
         if data.get("version") != VERSION:
             raise ContractError(
                 f"{path} is a contract of version {data.get('version')}, but this weitiao reads version {VERSION}. "
                 f"Use the weitiao version that wrote it: {data.get('versions', {}).get('weitiao', 'unknown')}."
             )
-        data["stop_ids"], data["tasks"] = tuple(data["stop_ids"]), tuple(data["tasks"])
-        return cls(**data)
+        known = {part.name for part in fields(cls)}
+        if data.keys() != known:
+            odd = ", ".join(sorted(data.keys() ^ known))
+            raise ContractError(f"The contract {path} cannot be read: {odd} missing or unknown. Train the run again.")
+        return cls(**{**data, "stop_ids": tuple(data["stop_ids"]), "tasks": tuple(data["tasks"])})
 
     def require_base(self, fingerprint: str, *, path: str) -> None:
         """Raise ContractError unless `fingerprint` is that of the base model the adapter was trained on."""

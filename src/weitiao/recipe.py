@@ -21,7 +21,7 @@ from .errors import RecipeError
 class Part(BaseModel):
     """A frozen group of settings; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Source(Part):
@@ -194,7 +194,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error}.") from None
     try:
-        values = yaml.safe_load(text)
+        values = _read_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"The recipe {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
@@ -211,17 +211,41 @@ def make_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, whe
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        lines = [f"  {_complaint(problem)}" for problem in error.errors()]
+        lines = [f"  {complaint}" for complaint in _complaints(error)]
         raise RecipeError(f"{where} cannot be used as written:\n" + "\n".join(lines)) from None
 
 
 def recipe_schema() -> dict[str, Any]:
     """The JSON Schema of recipes, for editors that complete and check YAML."""
-    return Recipe.model_json_schema()
+    schema = Recipe.model_json_schema()
+    schema["required"].remove("name")  # a file's name stands in for it
+    return schema
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Reads YAML whose mappings hold no key twice; PyYAML alone would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _deep_copy(value: Any) -> Any:
-    return {key: _deep_copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {key: _deep_copy(item) for key, item in value.items()}
+    return [_deep_copy(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -229,47 +253,71 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not sign or not dotted:
         raise RecipeError(f"The override {override!r} is not of the form part.key=value, such as train.epochs=3.")
     *parts, last = dotted.split(".")
-    place = values
+    place: Any = values
     for part in parts:
-        inner = place.get(part)
-        if isinstance(inner, str) and part == "model":
+        key = _key_in(place, part, override)
+        inner = place[key] if isinstance(place, list) else place.get(key)
+        if isinstance(inner, str):  # the short form of a model or a source
             inner = {"path": inner}
-        place[part] = inner if isinstance(inner, dict) else {}
-        place = place[part]
+        place[key] = inner if isinstance(inner, dict | list) else {}
+        place = place[key]
     try:
-        place[last] = yaml.safe_load(text)
+        place[_key_in(place, last, override)] = _read_yaml(text)
     except yaml.YAMLError:
         raise RecipeError(f"The value of the override {override!r} is not YAML.") from None
-    if isinstance(place[last], str):
-        place[last] = _number(place[last])
 
 
-def _number(text: str) -> Any:
-    """`text` as a float where it is one that YAML misses, such as 5e-4."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _key_in(place: dict[str, Any] | list[Any], part: str, override: str) -> Any:
+    """`part` as a key of `place`: itself, or its number where `place` is a list."""
+    if isinstance(place, dict):
+        return part
+    if not part.isdecimal() or int(part) >= len(place):
+        raise RecipeError(f"The override {override!r} asks for entry {part} of {len(place)} entries, counted from 0.")
+    return int(part)
 
 
-def _complaint(problem: Any) -> str:
-    """One sentence about one pydantic error, with the nearest known key for an unknown one."""
-    place = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
-        return f"{place}: there is no such key. {hint}"
-    if problem["type"] == "missing":
-        return f"{place}: this key is required."
-    return f"{place}: {problem['msg']} (found {problem['input']!r:.80})."
+def _complaints(error: ValidationError) -> list[str]:
+    """A sentence for every place that is wrong, with the nearest known key for an unknown one."""
+    sentences: list[str] = []
+    tried: dict[str, list[str]] = {}  # a value that may be of several types has an error for each of them
+    for problem in error.errors():
+        *outer, key = problem["loc"]
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(outer)
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
+            sentences.append(f"{_dotted([*outer, key])}: there is no such key. {hint}")
+        elif problem["type"] == "missing":
+            sentences.append(f"{_dotted([*outer, key])}: this key is required.")
+        else:
+            place = _dotted(_known_place(problem["loc"]))
+            reasons = tried.setdefault(place, [])
+            if not reasons:
+                sentences.append(place)
+            reasons.append(f"{problem['msg']} (found {problem['input']!r:.80})")
+    return [f"{entry}: {'; or '.join(tried[entry])}." if entry in tried else entry for entry in sentences]
+
+
+def _dotted(place: Sequence[str | int]) -> str:
+    return ".".join(str(step) for step in place)
+
+
+def _known_place(loc: Sequence[str | int]) -> list[str | int]:
+    """`loc` up to where pydantic goes on with the names of types instead of keys."""
+    part: type[Part] | None = Recipe
+    for count, step in enumerate(loc):
+        if isinstance(step, str):
+            if part is None or step not in part.model_fields:
+                return list(loc[:count])
+            part = _inner_model(part.model_fields[step].annotation)
+    return list(loc)
 
 
 def _known_keys(loc: Sequence[str | int]) -> list[str]:
     """The keys of the part at `loc`, walking the models' own annotations."""
-    part: Any = Recipe
+    part: type[Part] = Recipe
     for step in loc:
-        if isinstance(step, str) and step in part.model_fields:
+        if isinstance(step, str):
             part = _inner_model(part.model_fields[step].annotation) or part
     return list(part.model_fields)
 

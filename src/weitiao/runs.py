@@ -87,9 +87,9 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         lines = []
-        for text in self.metrics.read_text(encoding="utf-8").split("\n"):
-            with contextlib.suppress(json.JSONDecodeError):  # only the last line can be cut; the next append follows it
-                lines.append(json.loads(text))
+        for line in self.metrics.read_bytes().split(b"\n"):  # bytes: a crash may cut a character in two
+            with contextlib.suppress(ValueError):  # only the last line can be cut, and resuming writes the others anew
+                lines.append(json.loads(line))
         return lines
 
     def rewind_metrics(self, step: int) -> None:
@@ -152,12 +152,12 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".tmp-"))
+        old = path.parent / f".old-{path.name}"
         try:
             fill(temporary)
             for file in temporary.rglob("*"):
                 sync(file)
             sync(temporary)
-            old = path.parent / f".old-{path.name}"
             if path.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
@@ -167,6 +167,8 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists() and not path.exists():
+                old.rename(path)
             raise
 
 

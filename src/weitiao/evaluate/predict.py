@@ -118,7 +118,8 @@ def _read_partial(partial: Path, key: str) -> dict[int, dict[str, Any]]:
     if not partial.exists():
         return {}
     done: dict[int, dict[str, Any]] = {}
-    for number, text in enumerate(partial.read_text(encoding="utf-8").removesuffix("\n").split("\n")):
+    stored = partial.read_text(encoding="utf-8", errors="replace")  # the last line may be cut inside a character
+    for number, text in enumerate(stored.removesuffix("\n").split("\n")):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

@@ -71,7 +71,7 @@ def use_lean_layers(config: PeftConfig) -> None:
 
 @contextlib.contextmanager
 def ignoring_peft_warnings() -> Iterator[None]:
-    """Within this, PEFT's warnings about our two libraries' versions, and about weights we check ourselves, are mute."""
+    """Within this, PEFT is silent about a renamed property and about lacking weights, which we check ourselves."""
     with warnings.catch_warnings():
         # PEFT 0.21 reads a property that transformers 5.23 has renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -92,9 +92,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         use_lean_layers(config)
         with ignoring_peft_warnings():
             tuned = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=False)
-            found = tuned.load_adapter(
-                str(folder), "default", is_trainable=False
-            )  # again: only this tells what it lacked
+            # Loaded once more, because only this tells which weights were lacking and which had no place.
+            found = tuned.load_adapter(str(folder), "default", is_trainable=False)
     except Exception as error:  # noqa: BLE001 - a cut file or wrong shapes raise many types
         raise ModelError(f"The adapter in {folder} cannot be put on this model ({first_line(error)}).") from None
     lacking, strange = found.missing_keys, found.unexpected_keys

