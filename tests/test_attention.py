@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -82,7 +82,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scaling
         allowed &= place[:, None] - place[None, :] < window
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    out = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=allowed, scale=scaling)
+    out = scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=allowed, scale=scaling)
     return out.transpose(1, 2)
 
 
@@ -185,9 +185,7 @@ def test_a_row_does_not_notice_what_stands_before_and_behind_it() -> None:
     row = Example(token_ids=(5, 9, 13, 8), loss_mask=(False, False, True, True))
     others = [tuple(range(a, a + 4)) for a in (3, 20, 40)]
     with torch.no_grad():
-        found = [
-            hidden_states(model, [Example(token_ids=other, loss_mask=row.loss_mask), row])[4:] for other in others
-        ]
+        found = [hidden_states(model, [Example(token_ids=other, loss_mask=row.loss_mask), row])[4:] for other in others]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     torch.testing.assert_close(found[0], found[2], rtol=0, atol=0)
 

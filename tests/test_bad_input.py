@@ -1,4 +1,4 @@
-"""What goes wrong outside weitiao: bad rows, recipes, models, disks and Ctrl-C. Each ends in a sentence, nothing half-done."""
+"""Bad rows, recipes, models and disks, and Ctrl-C: each ends in a sentence, with nothing left half-done."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def change_row(number: int, change: Callable[[dict[str, object]], object]) -> No
 VERBS = pytest.mark.parametrize("verb", ["check", "train"])
 
 
-# --- Files of rows -----------------------------------------------------------------------------------------------------
+# --- Files of rows ---------------------------------------------------------------------------------------------------
 
 
 @VERBS
@@ -196,10 +196,8 @@ def test_a_list_as_target_is_learnt_in_the_form_of_the_other_rows() -> None:
 
 
 def test_objects_as_targets_are_learnt_with_their_keys_in_one_order() -> None:
-    rows = [
-        {"context": f"Instruction: I\nInput: Q\n\n{i}\nAnswer: ", "target": {"a": i, "b": "x"} if i % 5 else {"b": "y", "a": i}}
-        for i in range(20)
-    ]
+    answers = [{"a": i, "b": "x"} if i % 5 else {"b": "y", "a": i} for i in range(20)]
+    rows = [{"context": f"Instruction: I\nInput: Q\n\n{i}\nAnswer: ", "target": a} for i, a in enumerate(answers)]
     write_rows([json.dumps(row) + "\n" for row in rows])
     result = run_cli("show", "recipe.yaml", "data.heldout=0", "-n", 1)
     assert result.exit_code == 0, result.stderr
@@ -240,9 +238,10 @@ def test_an_answer_without_the_form_of_the_others_is_named(verb: str) -> None:
 def test_rows_longer_than_the_limit_are_named_with_their_sizes() -> None:
     lengths = {}
     sentences = refuse("train", "recipe.yaml", "data.max_length=60")
+    sizes = re.compile(r"  rows\.jsonl:(\d+): (?:target|text): (\d+) tokens: (\d+) of prompt, (\d+) of answer;")
     for line in sentences.splitlines():
-        if found := re.match(r"  rows\.jsonl:(\d+): (target|text): (\d+) tokens: (\d+) of prompt, (\d+) of answer;", line):
-            number, _, whole, prompt, answer = found.groups()
+        if found := sizes.match(line):
+            number, whole, prompt, answer = found.groups()
             lengths[int(number)] = int(whole)
             assert int(prompt) + int(answer) == int(whole) > 60
             assert f"Fix: Set data.max_length={whole} or more" in line
@@ -250,7 +249,7 @@ def test_rows_longer_than_the_limit_are_named_with_their_sizes() -> None:
     assert refuse("train", "recipe.yaml", f"data.max_length={max(lengths.values()) - 1}").count("rows.jsonl:") == 1
 
 
-# --- Recipes and models ------------------------------------------------------------------------------------------------
+# --- Recipes and models ----------------------------------------------------------------------------------------------
 
 
 @VERBS
@@ -301,7 +300,7 @@ def test_weights_cut_short_are_refused(kept: int, work: Path, tiny_llama_folder:
     assert "A file may be cut short or missing" in sentences
 
 
-# --- Disks -------------------------------------------------------------------------------------------------------------
+# --- Disks -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -402,7 +401,7 @@ def test_a_file_in_the_place_of_the_runs_folder_is_named() -> None:
     assert "runs/recipe.yaml could not be written" in result.stderr
 
 
-# --- Ctrl-C ------------------------------------------------------------------------------------------------------------
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

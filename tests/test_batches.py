@@ -27,7 +27,8 @@ def example(num_prompt: int, num_answer: int, first: int = 3) -> Example:
     return Example(token_ids=ids, loss_mask=(False,) * num_prompt + (True,) * num_answer)
 
 
-examples = st.lists(st.builds(example, st.integers(1, 30), st.integers(1, 20), st.integers(3, 9)), min_size=1, max_size=12)
+any_example = st.builds(example, st.integers(1, 30), st.integers(1, 20), st.integers(3, 9))
+examples = st.lists(any_example, min_size=1, max_size=12)
 weights_lists = st.lists(st.sampled_from([1.0, 1.0, 2.0, 0.5, 1.5, 0.25]), min_size=1, max_size=30)
 
 
@@ -40,10 +41,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# --- The order ---------------------------------------------------------------------------------------------------------
+# --- The order -------------------------------------------------------------------------------------------------------
 
 
-def first_steps(count: int, weights: Sequence[float], *, batch_size: int, seed: int, first_step: int = 0) -> list[list[int]]:
+def first_steps(
+    count: int, weights: Sequence[float], *, batch_size: int, seed: int, first_step: int = 0
+) -> list[list[int]]:
     steps = step_rows(weights, batch_size=batch_size, seed=seed, first_step=first_step)
     return [rows for _, rows in itertools.islice(steps, count)]
 
@@ -109,7 +112,7 @@ def test_number_of_steps_counts_the_last_smaller_step_of_every_epoch(
     assert num_steps([1.0] * num_rows, batch_size=batch_size, seed=0, epochs=epochs) == steps
 
 
-# --- The layout --------------------------------------------------------------------------------------------------------
+# --- The layout ------------------------------------------------------------------------------------------------------
 
 
 def rows_of(batch: Batch) -> list[tuple[int, ...]]:
@@ -170,10 +173,12 @@ def test_row_balance_0_weighs_tokens_equally_and_1_weighs_rows_equally(rows: lis
             assert batch.weights[inside].sum().item() == pytest.approx(1 / len(rows), rel=1e-5)
 
 
-# --- The gradient ------------------------------------------------------------------------------------------------------
+# --- The gradient ----------------------------------------------------------------------------------------------------
 
 
-def loss_and_gradient(rows: list[Example], tokens_per_pass: int, *, packing: bool, row_balance: float) -> tuple[float, Tensor]:
+def loss_and_gradient(
+    rows: list[Example], tokens_per_pass: int, *, packing: bool, row_balance: float
+) -> tuple[float, Tensor]:
     torch.manual_seed(4)
     config = Gemma3TextConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -175,7 +175,8 @@ def test_a_run_killed_ten_times_ends_in_the_bits_of_one_never_killed(seed: int, 
         assert killed, f"the run was always done before {moment}"
         num_kills += 1
         logged, left = max(steps_logged(run), default=0), [path.name for path in run.path.rglob(".[to]*-*")]
-        print(f"{moment}: killed after step {logged}; newest checkpoint {read_newest_checkpoint(run)}; left over: {left}")
+        newest = read_newest_checkpoint(run)
+        print(f"{moment}: killed after step {logged}; newest checkpoint: {newest}; left over: {left}")
     process = start_training(folder, name)
     assert process.wait(PATIENCE_SECONDS) == 0, (folder / "log.txt").read_text(encoding="utf-8")
     assert num_kills == 10

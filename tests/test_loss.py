@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -112,7 +112,7 @@ def plain_loss(model: nn.Module, rows: list[Example]) -> Tensor:
         ids = torch.tensor([row.token_ids])
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
         wanted = torch.tensor(row.loss_mask)[1:]
-        total = total + F.cross_entropy(logits[:-1][wanted], ids[0, 1:][wanted], reduction="sum")
+        total = total + cross_entropy(logits[:-1][wanted], ids[0, 1:][wanted], reduction="sum")
         count += int(wanted.sum())
     return total / count
 
@@ -206,7 +206,7 @@ def test_bias_scale_and_weights_of_positions_enter_loss_and_gradient(
     logits = 0.25 * (wide[0] @ wide[1].t() + wide[2])
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    reference = (F.cross_entropy(logits, targets, reduction="none") * shares).sum()
+    reference = (cross_entropy(logits, targets, reduction="none") * shares).sum()
     expected = torch.autograd.grad(3.0 * reference, wide)
     assert float(ours.detach()) == pytest.approx(float(reference.detach()), rel=1e-6)
     for one, other in zip(found, expected, strict=True):
@@ -232,7 +232,7 @@ def test_bfloat16_loss_stays_near_the_loss_in_float64() -> None:
     weight = (torch.randn(500, 32) / 8).bfloat16()
     targets = torch.randint(500, (40,))
     ours = supervised_loss(hidden, targets, torch.full((40,), 1 / 40), Head(weight=weight))
-    reference = F.cross_entropy(hidden.double() @ weight.double().t(), targets)
+    reference = cross_entropy(hidden.double() @ weight.double().t(), targets)
     assert ours.dtype == torch.float32
     assert float(ours) == pytest.approx(float(reference), rel=2e-3)
 
