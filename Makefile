@@ -34,7 +34,7 @@ bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/spo_and_topics.py
-	$(BIN)/python benchmarks/generate_speed.py
+	$(BIN)/python benchmarks/generate_speed.py runs/demo examples/starter/heldout.jsonl
 
 docs: install
 	$(BIN)/python docs/make_reference.py

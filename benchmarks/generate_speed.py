@@ -1,6 +1,6 @@
 """Speed of weitiao's batched generation against one-row-at-a-time `model.generate`, greedy, on the same prompts.
 
-    python benchmarks/generate_speed.py --model FOLDER_OR_RUN --data dev.jsonl --rows 32 --dtype bfloat16 [--exact]
+    python benchmarks/generate_speed.py --model FOLDER_OR_RUN --data dev.jsonl --rows 100 --dtype bfloat16 [--exact]
 
 FOLDER holds a model, or a PEFT adapter (then name its base with --base); a RUN is a weitiao run folder, whose adapter
 is taken. Data rows are `{"context": …}`; a prompt is the beginning-of-sequence token and the tokens of the context.
@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -60,8 +61,7 @@ class Job:
 def open_model(folder: Path, base: Path | None, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
     """The model in `folder`, or the adapter there on `base`, in evaluation mode."""
     if not (folder / "adapter_config.json").exists():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        return model.eval()
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
     if base is None:
         raise SystemExit(f"{folder} holds an adapter. Name the folder of its base model with --base.")
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), folder).eval()
@@ -72,7 +72,7 @@ def one_row_at_a_time(job: Job, prompts: Sequence[list[int]]) -> Turn:
     answers, start = [], time.perf_counter()
     for prompt in prompts:
         ids = torch.tensor([prompt], device=job.model.device)
-        output = job.model.generate(
+        output = job.model.generate(  # type: ignore[operator]  # PEFT hands it on untyped
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -118,7 +118,8 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="folder of a model, an adapter or a run")
     parser.add_argument("--base", type=Path, help="folder of the base model, for an adapter or a run")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines with a `context` each")
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=100, help="prompts that weitiao answers")
+    parser.add_argument("--reference-rows", type=int, help="how many of them one-row generation answers, too; all")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--max-rows", type=int, default=32, help="rows that weitiao runs together")
@@ -145,17 +146,19 @@ def main() -> int:
         warm_up(Job(model=model, stop_id=job.stop_id, max_new_tokens=4, max_rows=4, exact=job.exact), prompts[:4])
     # weitiao answers all rows in each of its turns, since a full batch is what is measured; one-row generation gains
     # nothing from more rows, so its turns share them out.
+    picked = list(range(0, len(prompts), max(1, len(prompts) // (args.reference_rows or len(prompts)))))
+    shares = [picked[turn :: args.turns] for turn in range(args.turns)]
     ours, theirs = [], []
-    for turn in range(args.turns):
+    for share in shares:
         ours.append(batched(job, prompts))
-        theirs.append(one_row_at_a_time(job, prompts[turn :: args.turns]))
+        theirs.append(one_row_at_a_time(job, [prompts[index] for index in share]))
 
     fast = sum(turn.num_tokens for turn in ours) / sum(turn.seconds for turn in ours)
     slow = sum(turn.num_tokens for turn in theirs) / sum(turn.seconds for turn in theirs)
     same = [
-        answer == ours[turn].answers[turn :: args.turns][place]
-        for turn in range(args.turns)
-        for place, answer in enumerate(theirs[turn].answers)
+        fast_turn.answers[index] == answer
+        for share, fast_turn, slow_turn in zip(shares, ours, theirs, strict=True)
+        for index, answer in zip(share, slow_turn.answers, strict=True)
     ]
     print(f"{args.model}, {args.dtype}, {len(prompts)} prompts of {args.data}, at most {job.max_new_tokens} new tokens")
     print(where_and_when())

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from train_speed_rows import LEARNING_RATE, load_initial_adapter, plan_steps, re
 
 from weitiao.models.families import open_model
 from weitiao.models.starter import starter_folder
-from weitiao.recipe import Lora
+from weitiao.recipe import Lora, Train
 from weitiao.render.base import Example
 from weitiao.train.batches import make_batches
 from weitiao.train.model import TrainedModel, can_compile
@@ -38,6 +37,8 @@ from weitiao.tuning.methods import add_adapter
 ROWS = Path(__file__).parents[2] / "shared/data/spo_and_topics/train.jsonl"
 PEERS = ("seed", "trainer", "trl_default", "trl_best")
 TARGETS = {"seed": 25.0, "trainer": 5.0, "trl": 4.0}
+TOKENS_PER_PASS = Train.model_fields["tokens_per_pass"].default
+"""weitiao's own default."""
 LOSS_TOLERANCE = 0.05
 """Relative difference of the mean loss that bfloat16 rounding explains; a wrong mask or normalisation is far beyond."""
 
@@ -77,7 +78,7 @@ def run_weitiao(options: argparse.Namespace) -> None:
 
 def _batches(rows: Any) -> Any:
     examples = [Example(token_ids=row.input_ids, loss_mask=tuple(label >= 0 for label in row.labels)) for row in rows]
-    return make_batches(examples, tokens_per_pass=int(os.environ.get('TPP','2048')))
+    return make_batches(examples, tokens_per_pass=TOKENS_PER_PASS)
 
 
 def measure(side: str, options: argparse.Namespace, adapter: Path) -> list[dict[str, Any]]:
@@ -158,7 +159,8 @@ def report(runs: dict[str, list[list[dict[str, Any]]]], options: argparse.Namesp
         mean = sum(losses[side]) / len(losses[side])
         ratio = speed["weitiao"] / speed[side]
         print(
-            f"| {side} | {speed[side]:.1f} | {ratio:.1f} × | {memory[side]:.0f} | {mean:.4f} ({len(losses[side])} steps) |"
+            f"| {side} | {speed[side]:.1f} | {ratio:.1f} × | {memory[side]:.0f} "
+            f"| {mean:.4f} ({len(losses[side])} steps) |"
         )
     print("\nloss of every step:")
     for step in range(max(map(len, losses.values()))):

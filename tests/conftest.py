@@ -119,7 +119,7 @@ def tiny_qwen2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_gemma3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = _base_tokenizer()
     layers = ["sliding_attention", "full_attention"]
-    config = Gemma3TextConfig(**TINY, **_ids_of(tokenizer), head_dim=8, sliding_window=16, layer_types=layers)
+    config = Gemma3TextConfig(**TINY, **_ids_of(tokenizer), head_dim=16, sliding_window=16, layer_types=layers)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = Gemma3ForCausalLM(config)

@@ -163,7 +163,7 @@ def test_every_bad_file_is_named_at_once(verb: str, work: Path) -> None:
     (work / "dev.jsonl").write_text("", encoding="utf-8")
     sentences = refuse(verb, "recipe.yaml", "data.train=[rows.jsonl, gone.jsonl]", "data.dev=dev.jsonl")
     assert "rows.jsonl: 1 of 24 rows cannot be used." in sentences
-    assert "rows.jsonl:2: context:" in sentences
+    assert "rows.jsonl:2: row: has the keys `target`;" in sentences
     assert "gone.jsonl does not exist." in sentences
     assert "dev.jsonl holds no rows." in sentences
 
@@ -172,7 +172,7 @@ def test_brackets_in_paths_and_labels_are_printed_as_they_are(work: Path) -> Non
     """The console's own markup must not swallow them or trip over them."""
     change_row(2, lambda row: row.pop("context"))
     Path("rows.jsonl").rename("rows[b]:cat:.jsonl")
-    assert "rows[b]:cat:.jsonl:2: context:" in refuse("check", "recipe.yaml", "data.train='rows[b]:cat:.jsonl'")
+    assert "rows[b]:cat:.jsonl:2: row:" in refuse("check", "recipe.yaml", "data.train='rows[b]:cat:.jsonl'")
     write_rows([
         json.dumps({"context": f"Instruction: I\nInput: Q\n\n{i}\nAnswer: ", "target": ["[/b]", "[red]"][i % 2]}) + "\n"
         for i in range(20)
@@ -345,7 +345,7 @@ def test_a_file_that_cannot_grow_ends_training_in_a_sentence_and_it_can_be_resum
 
 
 def test_a_curve_that_cannot_be_written_ends_in_a_sentence() -> None:
-    with largest_file(9000):
+    with largest_file(12_000):
         result = run_cli("train", "recipe.yaml", "method.rank=1", "method.targets=[q_proj]", "train.epochs=0.2")
     assert result.exit_code == 2, result.output
     assert "runs/tiny/curve.png could not be written" in result.stderr

@@ -36,7 +36,7 @@ VERBS = {
 }
 TEXTS = ("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账")
 LABELS = ("体育", "科技", "财经")
-NUM_DEV = 3
+NUM_DEV = 2
 
 
 def run_cli(*arguments: object) -> Result:
@@ -158,14 +158,14 @@ def test_init_takes_dev_rows_from_a_file_of_their_own(
 
 
 def test_check_counts_the_rows_of_a_recipe_and_of_a_file(work: Path) -> None:
-    assert "No problems in 21 train and 3 dev rows." in succeed("check", "recipe.yaml")
+    assert "No problems in 22 train and 2 dev rows." in succeed("check", "recipe.yaml")
     assert "No problems in 24 train and 0 dev rows." in succeed("check", "rows.jsonl")
     assert "No problems in 12 train and 12 dev rows." in succeed("check", "rows.jsonl", "data.heldout=0.5")
 
 
 def test_check_prints_json_for_good_rows_and_for_bad_ones(work: Path) -> None:
     assert json.loads(succeed("check", "recipe.yaml", "--json")) == {
-        "ok": True, "tasks": {"labels": {"train": 21, "dev": 3}}, "notes": [], "problems": []
+        "ok": True, "tasks": {"labels": {"train": 22, "dev": 2}}, "notes": [], "problems": []
     }  # fmt: skip
     write_rows(work / "bad.jsonl", [{"context": "a"}, {"context": "b", "target": "c"}, {"context": 3, "target": "c"}])
     result = run_cli("check", "bad.jsonl", "--json")
@@ -255,7 +255,7 @@ def test_evaluate_and_predict_refuse_another_base_model(
     other = work / "other"
     shutil.copytree(tiny_qwen2_folder, other)
     data = bytearray((other / "model.safetensors").read_bytes())
-    data[-4:] = b"\x00\x00\x80\x3f"  # one weight is now 1.0
+    data[-4:] = b"\x00\x00\x00\x40"  # one weight is now 2.0
     (other / "model.safetensors").write_bytes(data)
     for verb in (["evaluate", "runs/rows"], ["predict", "runs/rows", "questions.jsonl", "-o", "out.jsonl"]):
         sentences = refuse(*verb, "--base-model", other)
@@ -391,7 +391,7 @@ def test_check_answers_without_loading_torch(work: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "No problems in 21 train" in done.stdout
+    assert "No problems in 22 train" in done.stdout
 
 
 def test_the_module_and_the_command_are_the_same_program() -> None:

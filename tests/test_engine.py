@@ -282,3 +282,16 @@ def test_impossible_sampling_is_refused_in_a_sentence(options: dict[str, float],
 def test_impossible_batches_are_refused(llama: PreTrainedModel, options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         generate(llama, [[3]], stop_ids=[5], sampling=Sampling(), **options)
+
+
+@pytest.mark.parametrize("limits", [[], [0], [2, 2]])
+def test_impossible_limits_are_refused(llama: PreTrainedModel, limits: list[int]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        generate(llama, [[3]], stop_ids=[5], sampling=Sampling(), limits=limits)
+
+
+def test_limits_cut_each_row_at_its_own(llama: PreTrainedModel) -> None:
+    prompts, limits = random_prompts(5), [1, 9, 4, 30, 2]
+    sampling = Sampling(max_new_tokens=12)
+    found = in_order(generate(llama, prompts, stop_ids=[], sampling=sampling, limits=limits, max_rows=2))
+    assert [len(g.token_ids) for g in found] == [1, 9, 4, 12, 2]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weitiao.data.records import Record, read_records
-from weitiao.errors import FormError, Problem, RecipeError
+from weitiao.errors import FormError, Problem
 from weitiao.messages import Message
 from weitiao.tasks.base import Task, assign_task, infer_tasks, nearest_wording
 from weitiao.tasks.forms import (

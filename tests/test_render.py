@@ -332,7 +332,7 @@ def test_any_stop_token_is_left_out_of_the_answer(tiny_qwen2_folder: Path) -> No
 
 def test_the_end_token_is_what_the_template_writes_behind_an_answer(cases: Callable[[str], Case]) -> None:
     expected = {
-        "starter": "<eos>",
+        "starter": "<eos>",  # a base model without a template
         "starter turns": "<end_of_turn>",
         "qwen3": "<|im_end|>",
         "tiny base": "<eos>",

@@ -107,7 +107,7 @@ class Train(Part):
 
     epochs: float = Field(3, gt=0, description="Passes over the rows.")
     batch_size: int = Field(16, ge=1, description="Rows per optimiser step.")
-    tokens_per_pass: int = Field(4096, ge=16, description="Tokens per forward pass: lower it when memory runs out.")
+    tokens_per_pass: int = Field(1536, ge=16, description="Tokens per forward pass: lower it when memory runs out.")
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="How the learning rate falls.")
     warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
@@ -278,24 +278,24 @@ def _key_in(place: dict[str, Any] | list[Any], part: str, override: str) -> Any:
 
 def _complaints(error: ValidationError) -> list[str]:
     """A sentence for every place that is wrong, with the nearest known key for an unknown one."""
-    sentences: list[str] = []
-    tried: dict[str, list[str]] = {}  # a value that may be of several types has an error for each of them
+    reasons: dict[str, list[str]] = {}  # a value that may be of several types has an error for each of them
+    found: dict[str, str] = {}
     for problem in error.errors():
         *outer, key = problem["loc"]
+        place = _dotted(problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = _known_keys(outer)
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
-            sentences.append(f"{_dotted([*outer, key])}: there is no such key. {hint}")
+            reasons[place] = [f"there is no such key. {hint}"]
         elif problem["type"] == "missing":
-            sentences.append(f"{_dotted([*outer, key])}: this key is required.")
-        else:
+            reasons[place] = ["this key is required."]
+        elif problem["type"] != "too_short" or not problem["input"]:  # else its entries are wrong, and named themselves
             place = _dotted(_known_place(problem["loc"]))
-            reasons = tried.setdefault(place, [])
-            if not reasons:
-                sentences.append(place)
-            reasons.append(f"{problem['msg']} (found {problem['input']!r:.80})")
-    return [f"{entry}: {'; or '.join(tried[entry])}." if entry in tried else entry for entry in sentences]
+            told = reasons.setdefault(place, [])
+            told += [] if problem["msg"] in told else [problem["msg"]]
+            found.setdefault(place, f" (found {problem['input']!r:.80}).")
+    return [f"{place}: {'; or '.join(told)}{found.get(place, '')}" for place, told in reasons.items()]
 
 
 def _dotted(place: Sequence[str | int]) -> str:

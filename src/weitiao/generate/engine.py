@@ -124,17 +124,21 @@ def generate(
     Raises:
         DataError: empty prompts, or prompts that do not fit the model's positions; before anything runs.
         ModelError: the model is in training mode, its adapter adds virtual tokens, or it cannot be run `exact`.
-        ValueError: max_rows or max_cache_tokens below 1.
+        ValueError: max_rows, max_cache_tokens or a limit below 1, or not one limit for each prompt.
     """
     if max_rows < 1 or max_cache_tokens < 1:
         raise ValueError(f"max_rows is {max_rows} and max_cache_tokens {max_cache_tokens}; both must be at least 1.")
+    if limits is not None and (len(limits) != len(prompts) or min(limits, default=1) < 1):
+        raise ValueError(
+            f"limits holds {len(limits)} counts from {min(limits, default=1)} on for {len(prompts)} prompts; it must "
+            "hold one for each, and each must be at least 1."
+        )
     _check_model(model, exact)
     _check_prompts(model, prompts, sampling)
+    rows = [_Row(index=index, prompt=prompt, limit=sampling.max_new_tokens) for index, prompt in enumerate(prompts)]
+    for row, limit in zip(rows, limits or (), strict=False):
+        row.limit = min(row.limit, limit)
     # A function of its own, so that the checks above run at the call and not at the first row asked for.
-    most = [min(sampling.max_new_tokens, limit) for limit in limits or [sampling.max_new_tokens] * len(prompts)]
-    rows = [
-        _Row(index=i, prompt=prompt, limit=limit) for i, (prompt, limit) in enumerate(zip(prompts, most, strict=True))
-    ]
     return _run(_Batch(model, stop_ids, sampling, exact), rows, max_rows, max_cache_tokens)
 
 

@@ -19,7 +19,7 @@ def label_set(answer: Answer) -> set[str]:
 
 
 def count(form: AnswerForm, gold: Answer, answer: Answer | None) -> dict[str, float]:
-    """Counts of one row: `correct`, per-label ``tp: fp: fn:``, and ``pair:["gold", "given"]`` of the confusion table."""
+    """Counts of one row: `correct`, per-label ``tp: fp: fn:``, and a ``pair:`` for the confusion."""
     wanted = label_set(gold)
     given = label_set(answer) if answer is not None else set()
     counts = {"correct": float(answer is not None and wanted == given)}

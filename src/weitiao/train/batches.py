@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -126,6 +126,17 @@ def make_batches(rows: Sequence[Example], *, tokens_per_pass: int, row_balance: 
             passes[fitting].append(place)
             room[fitting] -= size
     return [_pack([rows[p] for p in places], [answer_weights[p] / total for p in places]) for places in passes]
+
+
+def make_probe(rows: Sequence[Example], *, num_targets: int = 16) -> Batch:
+    """A small batch for checks: the shortest row with at most `num_targets` of its learnt tokens."""
+    batch = make_batches([min(rows, key=len)], tokens_per_pass=1)[0]
+    return replace(
+        batch,
+        predictors=batch.predictors[:num_targets],
+        targets=batch.targets[:num_targets],
+        weights=batch.weights[:num_targets],
+    )
 
 
 def _pack(rows: Sequence[Example], weights: Sequence[float]) -> Batch:

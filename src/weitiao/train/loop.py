@@ -26,7 +26,7 @@ from ..models.adapters import base_model
 from ..recipe import Train
 from ..render.base import Example
 from ..runs import RunFolder, write_folder
-from .batches import Batch, make_batches, num_steps, step_rows
+from .batches import Batch, make_batches, make_probe, num_steps, step_rows
 from .checkpoint import Progress, list_checkpoints, load_checkpoint, rust_os_errors, save_checkpoint
 from .model import TrainedModel, can_compile, check_head
 from .plan import COMPILE_REPAYS_SECONDS, make_plan
@@ -99,7 +99,7 @@ def train(
     scheduler = _make_scheduler(optimiser, settings, plan.steps)
     trained = TrainedModel(base, packing=settings.packing)
     trained, optimiser = accelerator.prepare(trained, optimiser)
-    check_head(trained, make_batches(examples[:1], tokens_per_pass=1)[0].to(accelerator.device))
+    check_head(trained, make_probe(examples).to(accelerator.device))
 
     progress = Progress(step=0, compiled=_should_compile(settings, plan.seconds))
     if checkpoints := list_checkpoints(run):
