@@ -88,7 +88,6 @@ def test_every_key_and_every_option_is_on_its_page(make_reference):
                 assert option in pages["commands.md"] or option.upper() in pages["commands.md"]
 
 
-@pytest.mark.xfail(strict=True, reason="the schema does not know that a plain text may stand for a model or a file")
 def test_schema_accepts_the_recipe_of_the_readme():
     for block in blocks(ROOT / "README.md", "yaml"):
         jsonschema.validate(yaml.safe_load(block), recipe_schema())

@@ -30,13 +30,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..errors import DataError, ModelError, Problem
-
-_SPARE_COLUMNS = 64
-"""Columns added whenever the cache is full: one copy of the cache in 64 steps instead of one in each."""
+from .cache import SlabCache
 
 _PREFILL_TOKENS = 4096
 """Most prompt tokens, padding included, of one prefill: bounds its activations; a longer prompt goes alone."""
@@ -222,7 +219,7 @@ class _Batch:
         self.stop_ids = frozenset(stop_ids)
         self.sampling = sampling
         self.rows: list[_Row] = []
-        self.cache = _SlabCache(model.config.get_text_config().num_hidden_layers)
+        self.cache = SlabCache(model.config.get_text_config().num_hidden_layers)
 
     @torch.inference_mode()
     def join(self, joining: list[_Row], *, capacity: int) -> list[Generation]:
@@ -382,107 +379,3 @@ def _keep_mask(*_args: object, attention_mask: Tensor, **_kwargs: object) -> Ten
 
 AttentionInterface.register(_ROW_BY_ROW, _attend_row_by_row)
 AttentionMaskInterface.register(_ROW_BY_ROW, _keep_mask)
-
-
-@dataclass(kw_only=True)
-class _Window:
-    """The part of the cache that one call of the model works on: rows top..bottom, columns first..end."""
-
-    top: int = 0
-    bottom: int = 0
-    first: int = 0
-    end: int = 0
-
-
-class _SlabLayer(CacheLayerMixin):
-    """One layer's keys and values ``[rows, K, columns, D]``, larger than what is in use, written in place.
-
-    Every layer keeps all columns: a sliding window is the mask's business.
-    """
-
-    is_sliding = False
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, window: _Window, shape: tuple[int, int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.window = window
-        self.shape = shape
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Set aside zeros for keys and values such as these, ``[R, K, Q, D]``."""
-        # Zeros: a masked column still enters the sum, as 0 times its value, and a stray NaN in fresh memory would too.
-        self.keys, self.values = (
-            x.new_zeros(self.shape[0], x.shape[1], self.shape[1], x.shape[3]) for x in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write ``[R, K, Q, D]`` after the window; returns keys and values ``[R, K, C + Q, D]`` to attend to."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        seen, end = self.window, self.window.end + key_states.shape[2]
-        keys, values = self.keys[seen.top : seen.bottom, :, :end], self.values[seen.top : seen.bottom, :, :end]
-        keys[:, :, seen.end :] = key_states
-        values[:, :, seen.end :] = value_states
-        return keys[:, :, seen.first :], values[:, :, seen.first :]
-
-    def resize(self, shape: tuple[int, int], *, source: slice, target: slice) -> None:
-        """Take new memory of `shape` (rows, columns) and copy the columns `source` of all rows to `target`."""
-        self.shape = shape
-        if not self.is_initialized:
-            return
-        keys, values = self.keys, self.values
-        self.lazy_initialization(keys, values)
-        self.keys[: len(keys), :, target] = keys[:, :, source]
-        self.values[: len(values), :, target] = values[:, :, source]
-
-    def get_seq_length(self) -> int:
-        """C, the columns that the window shows."""
-        return self.window.end - self.window.first
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of columns attended to and the first of them, counted from the window's."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no limit."""
-        return -1
-
-
-class _SlabCache(Cache):
-    """The cache of all layers; its rows end at a common column, and each row keeps its place until it is moved."""
-
-    slabs: list[_SlabLayer]
-
-    def __init__(self, num_layers: int) -> None:
-        self.window = _Window()
-        self.shape = (0, 0)
-        """Rows and columns set aside."""
-        self.slabs = [_SlabLayer(self.window, self.shape) for _ in range(num_layers)]
-        super().__init__(layers=list(self.slabs))
-
-    def reserve(self, *, num_rows: int, width: int, num_new: int) -> None:
-        """Make room for `num_rows` rows of `width` columns left of the common end and `num_new` right of it."""
-        end = self.window.end
-        rows, columns = self.shape
-        if num_rows <= rows and width <= end and end + num_new <= columns:
-            return
-        self.shape = (max(num_rows, rows), width + num_new + _SPARE_COLUMNS)
-        kept = min(width, end)
-        for layer in self.slabs:
-            layer.resize(self.shape, source=slice(end - kept, end), target=slice(width - kept, width))
-        self.window.end = width
-
-    def show(self, *, rows: range, width: int, back: int = 0) -> None:
-        """Let the next call work on `rows` and on the `width` columns that end `back` columns before the end."""
-        window = self.window
-        window.top, window.bottom = rows.start, rows.stop
-        window.end -= back
-        window.first = window.end - width
-
-    def move_row(self, source: int, target: int) -> None:
-        """Copy row `source` over row `target`."""
-        for layer in self.slabs:
-            for states in (layer.keys, layer.values):
-                states[target] = states[source]
