@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from weitiao.render.fitting import fit_rows
 from weitiao.runs import RunFolder
 from weitiao.train import loop as loop_module
 from weitiao.train import plan as plan_module
-from weitiao.train.checkpoint import list_checkpoints
+from weitiao.train.checkpoint import Progress, list_checkpoints, read_progress, save_checkpoint
 from weitiao.train.loop import Outcome, Scoring, train
 from weitiao.train.model import can_compile
 from weitiao.train.progress import draw_curve
@@ -362,6 +362,67 @@ def test_a_checkpoint_cut_short_is_refused_and_the_one_before_it_resumes(
         run_recipe(recipe_for(model, rows), resume=True)
     shutil.rmtree(cut)
     assert run_recipe(recipe_for(model, rows), resume=True).contract.exists()
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+class Fuse:
+    """Lets `calls_left` of the wrapped calls through; then the process counts as gone and every further call fails."""
+
+    def __init__(self, calls_left: int) -> None:
+        self.calls_left = calls_left
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.calls_left -= 1
+            if self.calls_left < 0:
+                raise Crash
+            return function(*args, **kwargs)
+
+        return wrapped
+
+
+def crash_while_saving(run: RunFolder, step: int, calls_left: int) -> bool:
+    """Save a checkpoint, the process vanishing at a call that touches the disk; whether it came to that."""
+    layer = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(layer.weight, step)
+    optimiser = torch.optim.AdamW(layer.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0)
+    fuse = Fuse(calls_left)
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (Path, "rename"),
+                            (Path, "replace"), (Path, "unlink"), (Path, "write_bytes"), (Path, "mkdir")):  # fmt: skip
+            patch.setattr(owner, name, fuse.wrap(getattr(owner, name)))
+        try:
+            save_checkpoint(run, layer, optimiser, scheduler, Progress(step=step), keep=1)
+        except Crash:
+            return True
+    return False
+
+
+def test_a_crash_at_any_moment_of_saving_leaves_one_whole_checkpoint(tmp_path: Path) -> None:
+    """Saving a new step, and replacing a step that stands there already; the folder is then opened as --resume does."""
+    for step in (7, 5):
+        for calls_left in range(100):
+            path = tmp_path / f"run-{step}-{calls_left}"
+            run = RunFolder(path)
+            run.checkpoints.mkdir(parents=True)
+            run.recipe.write_text("", encoding="utf-8")
+            assert not crash_while_saving(run, 5, calls_left=1000)
+            crashed = crash_while_saving(run, step, calls_left)
+            run = RunFolder.create(path, resume=True)
+            newest = list_checkpoints(run)[-1]
+            saved = read_progress(newest).step
+            assert saved in (5, step)
+            assert torch.equal(load_file(newest / "weights.safetensors")["weight"], torch.full((2, 2), float(saved)))
+            assert torch.load(newest / "optimiser.pt", weights_only=True).keys() == {"optimiser", "scheduler", "rng"}
+            assert not leftovers(path)
+            if not crashed:
+                break
+        assert calls_left > 8, "every call was a moment to crash"
+        assert saved == step
 
 
 # --- Scoring while training ------------------------------------------------------------------------------------------

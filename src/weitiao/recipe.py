@@ -106,7 +106,7 @@ class Train(Part):
     """How to learn."""
 
     epochs: float = Field(3, gt=0, description="Passes over the rows.")
-    batch_size: int = Field(16, ge=1, description="Rows per optimiser step.")
+    batch_size: int = Field(8, ge=1, description="Rows per optimiser step.")
     tokens_per_pass: int = Field(1536, ge=16, description="Tokens per forward pass: lower it when memory runs out.")
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="How the learning rate falls.")
@@ -114,7 +114,7 @@ class Train(Part):
     weight_decay: float = Field(0.0, ge=0, description="AdamW decay of matrices; biases and norms never decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     row_balance: float = Field(
-        0.0,
+        0.25,
         ge=0,
         le=1,
         description="0: every token of an answer counts the same. 1: every row counts the same, however long its "
