@@ -249,6 +249,20 @@ def test_dropout_changes_the_run_it_is_resumed_in(tiny_gemma3_folder: Path, samp
     assert weights_file(run_recipe(recipe, resume=True)) != weights_file(whole)
 
 
+def test_a_run_resumed_from_an_earlier_checkpoint_measures_the_steps_after_it_again(
+    tiny_gemma3_folder: Path, sample_rows: Path
+) -> None:
+    settings = ("method.dropout=0.2", "train.evaluate_every=4")
+    whole = run_recipe(recipe_for(tiny_gemma3_folder, sample_rows, *settings, name="whole"))
+    recipe = recipe_for(tiny_gemma3_folder, sample_rows, *settings, name="parts")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, screen=Screen("dev at step 8"))
+    shutil.rmtree("runs/parts/checkpoints/step-000008")
+    parts = run_recipe(recipe, resume=True)
+    assert weights_file(parts) == weights_file(whole)
+    assert without_speed(parts.read_metrics()) == without_speed(whole.read_metrics())
+
+
 def test_ctrl_c_in_the_last_step_finishes_the_run(tiny_llama_folder: Path, sample_rows: Path) -> None:
     recipe = recipe_for(tiny_llama_folder, sample_rows, "train.epochs=1")
     run = run_recipe(recipe, screen=Screen("step 6/6"))
@@ -549,6 +563,7 @@ def test_rows_that_are_all_dropped_are_refused_before_a_run_folder_is_made(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:::torch")  # the compiler warns about itself, and stops where a warning is an error
 @pytest.mark.skipif(not can_compile(), reason="torch.compile needs a C++ compiler, and there is none on this machine")
 def test_compiled_layers_learn_what_eager_ones_learn_stopped_and_resumed_too(
     tiny_gemma3_folder: Path, sample_rows: Path
