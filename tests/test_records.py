@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weitiao.data import formats, records
-from weitiao.data.formats import Record, recognise_format, row_to_record
+from weitiao.data.record import Record, recognise_format, row_to_record
 from weitiao.data.records import digest_records, iter_records_or_problems, read_records
 from weitiao.errors import DataError, Problem
 from weitiao.messages import Message

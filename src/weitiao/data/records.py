@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from weitiao.data.formats import Record, Target, row_to_record
+from weitiao.data.formats import row_to_record
+from weitiao.data.record import Record, Target
 from weitiao.errors import DataError, Problem
 
 __all__ = ["Record", "Target", "digest_records", "iter_records_or_problems", "read_records"]
