@@ -52,7 +52,7 @@ class Record:
     """What of the row is not used, as a phrase for the report (``the last question, which has no reply``); else ""."""
 
     def __post_init__(self) -> None:
-        assert self.messages and self.messages[-1].role in ("user", "tool"), "the last message is the user's or a tool's"
+        assert self.messages and self.messages[-1].role in ("user", "tool"), "an answer follows a user or a tool"
         assert self.text_span is None or self.prompt[slice(*self.text_span)] == self.text, "text_span is not of text"
 
     @property
