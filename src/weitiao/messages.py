@@ -59,8 +59,9 @@ def write_calls(text: str, calls: Sequence[ToolCall]) -> str:
 def check_order(messages: Sequence[Message]) -> None:
     """Return when the turns stand in order: an optional system message, then user, assistant, user, …
 
-    A reply that calls tools is followed by their results, one or more, and these by another reply. Anyone may have the
-    last word. Texts are not looked at.
+    A reply that calls tools is followed by their results, one or more, and these by another reply. A result may also
+    follow a reply without `calls`, which then asked for the tool in words of its own. Anyone may have the last word.
+    Texts are not looked at.
 
         system, user, assistant, user                    in order
         user, assistant (calls), tool, tool, assistant   in order
@@ -94,5 +95,5 @@ def _may_follow(before: Message | None) -> tuple[Role, ...]:
     if before is None:
         return ("user",)
     if before.role == "assistant":
-        return ("tool",) if before.calls else ("user",)
+        return ("tool",) if before.calls else ("user", "tool")
     return ("tool", "assistant") if before.role == "tool" else ("assistant",)
