@@ -3,8 +3,9 @@
     find_personal_data("我的电话13812345678")    → (PersonalData(kind="phone", start=4, end=15),)
 
 Patterns only, no model: names and addresses of people are not found. Nothing here relies on word boundaries, because
-there is none between a Chinese character and a digit. Full-width, keycap and other digits count as digits, and invisible
-characters inside a number do not hide it. What to do with a find is another's business (`redaction.py`, `leaks.py`).
+there is none between a Chinese character and a digit. Full-width, keycap and other digits count as digits, and
+invisible characters inside a number do not hide it. What to do with a find is another's business (`redaction.py`,
+`leaks.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class PersonalData:
     start: int
     end: int
     certain: bool = True
-    """False where only the shape speaks for it: an identity number whose check digit is wrong, a bare landline number."""
+    """False where only the shape speaks for it: an identity number with a wrong check digit, a bare landline number."""
 
 
 def find_personal_data(text: str, *, kinds: Collection[Kind] = USUAL_KINDS) -> tuple[PersonalData, ...]:
@@ -59,9 +60,8 @@ def find_personal_data(text: str, *, kinds: Collection[Kind] = USUAL_KINDS) -> t
             joined[-1] = replace(last, end=max(last.end, piece.end), certain=last.certain or piece.certain)
         else:
             joined.append(piece)
-    return tuple(
-        replace(piece, start=folded.places[piece.start], end=_end(piece.end, folded, text)) for piece in joined
-    )
+    places = folded.places
+    return tuple(replace(piece, start=places[piece.start], end=_end(piece.end, folded, text)) for piece in joined)
 
 
 def normalise_personal_data(text: str) -> str:
@@ -72,7 +72,7 @@ def normalise_personal_data(text: str) -> str:
     "ABC@QQ.com"          → "abc@qq.com"
     """
     bare = re.sub(r"[(（\[［]at[)）\]］]", "@", _fold(text).text.lower()).strip()
-    if not re.search(r"[a-wyz@!-'*,/:-?\[-^`{-~]", bare):  # digits (with x as check digit) and what groups them
+    if re.fullmatch(r"[0-9x \t.\-·_/()（）+]+", bare):  # x is a check digit
         bare = re.sub(r"[^0-9x]", "", bare)
         return re.sub(r"^(?:00)?86(?=1[3-9][0-9]{9}$)", "", bare)
     return bare
@@ -195,7 +195,10 @@ _WECHAT = re.compile(
     rf"|(?<=的){_WECHAT_WORD}(?:就是|是)[ ]?(?P<said>{_WECHAT_NAME})"
     rf"|{_WECHAT_WORD}{_IS}(?P<bare>{_ID_HAS_DIGIT}{_WECHAT_NAME})"
 )
-_PASSWORD_WORD = r"(?:密码|口令|验证码|校验码|动态码|(?<![A-Za-z])(?:[Pp]ass(?:word|wd|code)|PASSWORD|[Pp]wd|PWD|PIN|[Pp]in码)(?![A-Za-z]))"
+_PASSWORD_WORD = (
+    r"(?:密码|口令|验证码|校验码|动态码"
+    r"|(?<![A-Za-z])(?:[Pp]ass(?:word|wd|code)|PASSWORD|[Pp]wd|PWD|PIN|[Pp]in码)(?![A-Za-z]))"
+)
 _PASSWORD = re.compile(
     rf"(?:{_PASSWORD_WORD}(?:{_COLON}|[ \t]{{0,4}}(?:就是|是|为|改成|改为|设成|设为|换成)[ \t]{{0,4}})"
     rf"|(?<![A-Za-z])[Pp]ass(?![A-Za-z])[ \t]{{0,4}}[:=][ \t]{{0,4}})(?P<value>[!-~]{{4,64}})"
