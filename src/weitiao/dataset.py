@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from .data.checks import find_contradictions, find_leaks, find_repeats
 from .data.mixture import Split, read_split
 from .data.records import Record, digest_records
-from .errors import DataError, FormError, Problem, RecipeError
+from .errors import DataError, Problem, RecipeError
 from .recipe import Data, DeclaredTask, Recipe
+from .tasks.answers import find_misfit
 from .tasks.base import Task, assign_task, infer_tasks
 from .tasks.forms import AnswerForm, Field
 
@@ -68,8 +69,8 @@ def _read(data: Data, seed: int) -> Split:
 def understand(split: Split, declared: Sequence[DeclaredTask] = ()) -> Dataset:
     """Find the tasks of the rows in `split` and check every row against them. Raises DataError as `load_dataset`."""
     rows = [*split.train, *split.dev]
-    tasks = _merge(infer_tasks(rows), declared)
-    problems = [*find_contradictions(split.train), *find_contradictions(split.dev), *find_leaks(split.train, split.dev)]
+    tasks = merge_tasks(infer_tasks(rows), declared)
+    problems = find_leaks(split.train, split.dev)
     assigned: dict[int, Task] = {}
     rewritten: list[str] = []
     for record in rows:
@@ -78,13 +79,13 @@ def understand(split: Split, declared: Sequence[DeclaredTask] = ()) -> Dataset:
             problems.append(task)
             continue
         assigned[id(record)] = task
-        try:
-            written = task.write_target(record)
-        except FormError as error:
-            problems.append(_misfit(record, task, error))
-            continue
-        if isinstance(record.target, str) and written != record.target:
+        written, misfit = find_misfit(record, task)
+        if misfit is not None:
+            problems.append(misfit)
+        elif isinstance(record.target, str) and written != record.target:
             rewritten.append(record.source)
+    for side in (split.train, split.dev):  # several replies to one input are right where they are free text
+        problems += find_contradictions([r for r in side if id(r) in assigned and assigned[id(r)].kind != "text"])
     if problems:
         bad = len({problem.source for problem in problems})
         raise DataError(f"{bad} of {len(rows)} rows cannot be trained on as they are.", sorted(problems, key=_place))
@@ -96,16 +97,6 @@ def understand(split: Split, declared: Sequence[DeclaredTask] = ()) -> Dataset:
         train_tasks=tuple(assigned[id(record)] for record in split.train),
         dev_tasks=tuple(assigned[id(record)] for record in split.dev),
         notes=tuple(_notes(split, assigned, rewritten)),
-    )
-
-
-def _misfit(record: Record, task: Task, error: FormError) -> Problem:
-    return Problem(
-        source=record.source,
-        field="target",
-        message=f"The answer does not have the form of the other {task.name} answers ({task.form.describe()[:120]}): "
-        f"{error}",
-        fix="Mend the answer, or give the row another task in its task field.",
     )
 
 
@@ -141,7 +132,7 @@ def _labels(task: Task, record: Record) -> list[str]:
     return gold if isinstance(gold, list) else [gold]
 
 
-def _merge(inferred: Sequence[Task], declared: Sequence[DeclaredTask]) -> tuple[Task, ...]:
+def merge_tasks(inferred: Sequence[Task], declared: Sequence[DeclaredTask]) -> tuple[Task, ...]:
     """The inferred tasks with those declared by hand in their place or added."""
     by_name = {task.name: task for task in inferred}
     for entry in declared:

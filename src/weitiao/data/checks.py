@@ -18,7 +18,8 @@ def input_key(record: Record) -> tuple[tuple[str, str], ...]:
     return tuple((message.role, message.text.strip()) for message in record.messages)
 
 
-def _target_key(record: Record) -> str:
+def target_key(record: Record) -> str:
+    """What makes two answers the same, surrounding blanks aside."""
     return (
         json.dumps(record.target, ensure_ascii=False) if not isinstance(record.target, str) else record.target.strip()
     )
@@ -30,7 +31,7 @@ def find_contradictions(records: Sequence[Record]) -> list[Problem]:
     problems = []
     for record in records:
         known = first.setdefault(input_key(record), record)
-        if known is not record and _target_key(known) != _target_key(record):
+        if known is not record and target_key(known) != target_key(record):
             problems.append(
                 Problem(
                     source=record.source,
@@ -47,7 +48,7 @@ def find_repeats(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
     """Rows given more than once with one answer: ``(first source, the other sources)``."""
     sources: defaultdict[tuple[object, str], list[str]] = defaultdict(list)
     for record in records:
-        sources[input_key(record), _target_key(record)].append(record.source)
+        sources[input_key(record), target_key(record)].append(record.source)
     return [(found[0], found[1:]) for found in sources.values() if len(found) > 1]
 
 
@@ -67,4 +68,4 @@ def find_leaks(train: Sequence[Record], dev: Sequence[Record]) -> list[Problem]:
 
 
 def _short(record: Record) -> str:
-    return repr(_target_key(record)[:40])
+    return repr(target_key(record)[:40])

@@ -53,7 +53,7 @@ def read_split(sources: Sequence[tuple[str, float]], dev_paths: Sequence[str], *
     if messages:
         raise DataError("\n".join(messages), problems)
     if not dev_paths and heldout > 0:
-        apart = _choose([record for record, _ in read_train], share=heldout, seed=seed)
+        apart = choose_heldout([record for record, _ in read_train], share=heldout, seed=seed)
         dev = [record for record, _ in read_train if input_key(record) in apart]
         read_train = [(record, weight) for record, weight in read_train if input_key(record) not in apart]
     return Split(
@@ -63,8 +63,8 @@ def read_split(sources: Sequence[tuple[str, float]], dev_paths: Sequence[str], *
     )
 
 
-def _choose(records: Sequence[Record], *, share: float, seed: int) -> set[tuple[tuple[str, str], ...]]:
-    """Inputs of about `share` of `records`, the same share of every question wording with several rows."""
+def choose_heldout(records: Sequence[Record], *, share: float, seed: int) -> set[tuple[tuple[str, str], ...]]:
+    """The `input_key`s of about `share` of `records`, the same share of every question wording with several rows."""
     strata: defaultdict[str, list[tuple[tuple[str, str], ...]]] = defaultdict(list)
     for record in records:
         strata[record.task or record.question or record.instruction].append(input_key(record))

@@ -17,7 +17,6 @@ import functools
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +28,12 @@ from ..runs import write_bytes, writing
 from ..tasks.base import RowScore, Task
 from ..tasks.extraction import facts
 from ..tasks.labels import INVALID
+from ..visible import shorten, visible
 from .score import Prediction, Side, TaskScore, overall, row_value
 
 NUM_WORST_ROWS = 50
 NUM_WORST_ROWS_MARKDOWN = 10
 MAX_LABELS_IN_CONFUSION = 64
-MAX_SHOWN_CHARACTERS = 4000
-"""A longer input or answer is shown up to here, with the number of characters left out."""
 MAX_EXACT_DIFF_TOKENS = 800
 """Longer texts are compared with difflib's shortcut: without it a looping answer takes many seconds."""
 
@@ -239,9 +237,6 @@ def _rounded(value: Any) -> Any:
 
 # ---- differences ----------------------------------------------------------------------------------------------
 
-_AS_THEY_ARE = "\n\t\u200c\u200d"
-"""Not printable, but part of a text's layout, and of how Persian words and emoji families are written."""
-
 _TOKEN = re.compile(r"\A\s+|(?:[A-Za-z0-9_]+|\S)\s*")
 
 
@@ -266,27 +261,6 @@ def mark_differences(gold: str, answer: str, *, keep_space: bool = True) -> tupl
             end = start + block.size
         sides.append([span for span in spans if span.text])
     return sides[0], sides[1]
-
-
-def shorten(text: str, limit: int = MAX_SHOWN_CHARACTERS) -> str:
-    """`text`, or its beginning and how many characters were left out."""
-    return text if len(text) <= limit else f"{text[:limit]} … {len(text) - limit} more characters"
-
-
-def visible(text: str) -> str:
-    r"""`text` with control characters as signs (␀ …), and what would reorder or hide text as ``\u202e``."""
-    return "".join(map(_sign, text))
-
-
-def _sign(character: str) -> str:
-    code = ord(character)
-    if character.isprintable() or character in _AS_THEY_ARE:
-        return character
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-        return f"\\u{code:04x}"
-    return character  # unassigned, private use and wide spaces: for the font to show
 
 
 # ---- templates ------------------------------------------------------------------------------------------------

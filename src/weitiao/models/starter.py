@@ -35,6 +35,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weitiao"
 
 
+def made_starter_folder() -> Path | None:
+    """The folder of the starter model if it was made before; None, and nothing is made, if not."""
+    folder = cache_folder() / _FOLDER_NAME
+    return folder if folder.is_dir() else None
+
+
 def starter_folder() -> Path:
     """The folder of the starter model, made on first use (about half a minute, 570 MB).
 

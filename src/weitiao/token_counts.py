@@ -1,0 +1,169 @@
+"""How many tokens a conversation takes in a model's chat format, from the model's tokenizer files alone.
+
+Loads no model and no torch: the tokenizer is read from ``tokenizer.json``, what the chat template adds is measured
+once on three tiny conversations. Counts are those of training to within a few tokens: where template and text meet,
+a tokenizer may join characters that are counted apart here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ModelError
+from .messages import Message
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_WITHOUT_TEMPLATE = 2
+"""A base model's text stands between a begin and an end token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TemplateCost:
+    """The tokens that a chat template adds."""
+
+    once: int
+    """To any conversation that ends with an answer."""
+    system: int
+    """More for a system message."""
+    turn: int
+    """More for each message after the first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenCounter:
+    """Counts the tokens of conversations in one model's format."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    cost: TemplateCost
+
+    def count(self, conversations: Sequence[tuple[Sequence[Message], str]]) -> list[int]:
+        """The tokens of each conversation with its answer, end token included."""
+        texts = [text for messages, answer in conversations for text in (*(m.text for m in messages), answer)]
+        lengths = iter([len(encoding) for encoding in self._encode(texts)])
+        counts = []
+        for messages, _ in conversations:
+            num_system = sum(message.role == "system" for message in messages)
+            own = sum(next(lengths) for _ in range(len(messages) + 1))
+            turns = len(messages) - num_system - 1
+            counts.append(own + self.cost.once + self.cost.system * num_system + self.cost.turn * turns)
+        return counts
+
+    def _encode(self, texts: Sequence[str]) -> list[Any]:
+        return list(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def open_counter(model: str) -> TokenCounter | None:
+    """The counter for the recipe's `model`; None when its tokenizer files are not on this machine.
+
+    Nothing is downloaded or unpacked. Raises ModelError when the files are there but cannot be read.
+    """
+    folder = _local_folder(model)
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a file it cannot read
+        raise ModelError(f"{folder / 'tokenizer.json'} cannot be read: {error}. Download the model again.") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return TokenCounter(folder=folder, tokenizer=tokenizer, cost=_measure(tokenizer, folder))
+
+
+def _local_folder(model: str) -> Path | None:
+    """Where the model's files lie, if they do."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model == "starter":
+        from .models.starter import made_starter_folder
+
+        return made_starter_folder()
+    if model.count("/") == 1 and not model.startswith((".", "/", "~", "modelscope:")):
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(model, "tokenizer.json")
+        return Path(found).parent if isinstance(found, str) else None
+    return None
+
+
+def _measure(tokenizer: Tokenizer, folder: Path) -> TemplateCost:
+    """What the chat template in `folder` adds; a base model's begin and end token where there is none."""
+    template = _read_template(folder)
+    if template is None:
+        return TemplateCost(once=_WITHOUT_TEMPLATE, system=0, turn=1)
+    render = _compile(template, folder)
+    ask, reply = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
+
+    def cost(*messages: dict[str, str]) -> int:
+        text = render(messages)
+        return len(tokenizer.encode(text, add_special_tokens=False)) - len(messages)
+
+    once = cost(ask)
+    system = cost({"role": "system", "content": "a"}, ask) - once
+    turn = (cost(ask, reply, ask) - once) / 2
+    return TemplateCost(once=once + 1, system=max(0, system), turn=round(turn))
+
+
+def _read_template(folder: Path) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    config = _read_config(folder)
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    try:
+        value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}. Download the model again.") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _compile(template: str, folder: Path) -> Any:
+    """A function from messages to the rendered prompt; a template that refuses a conversation renders its texts."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: "2026-01-01"}
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    config = _read_config(folder)
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    tokens = {name: _token_text(config.get(name)) for name in names}
+    try:
+        compiled = environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise ModelError(f"The chat template in {folder} cannot be read: {error}.") from None
+
+    def render(messages: Sequence[dict[str, str]]) -> str:
+        try:
+            return compiled.render(messages=list(messages), add_generation_prompt=True, **tokens)
+        except jinja2.TemplateError:  # no system message in this format, for one: it costs what its text costs
+            return "".join(message["content"] for message in messages)
+
+    return render
+
+
+def _token_text(value: object) -> str:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
