@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weitiao.data import formats, records
-from weitiao.data.record import Record, recognise_format, row_to_record
+from weitiao.data import compression, formats
+from weitiao.data.formats import recognise_format, row_to_record
+from weitiao.data.record import Record
 from weitiao.data.records import digest_records, iter_records_or_problems, read_records
 from weitiao.errors import DataError, Problem
 from weitiao.messages import Message
@@ -165,12 +166,16 @@ def test_a_format_is_recognised_by_the_rows_own_keys() -> None:
     assert recognise_format({"context": "C"}) == "context_target"
     assert recognise_format({"messages": [], "context": "a note"}) == "messages"
     assert recognise_format({"messages": [], "context": "C", "target": "T"}) is None
-    assert recognise_format({"prompt": "P"}) is None
+    assert recognise_format({"prompt": "P"}) == "prompt_response"
+    assert recognise_format({"text": "T"}) is None
+    assert recognise_format({"query": "Q"}) is None
 
 
-def test_every_format_of_the_table_has_its_own_name_and_first_key() -> None:
-    assert len({one.name for one in formats.FORMATS}) == len({one.keys[0] for one in formats.FORMATS})
+def test_every_format_of_the_table_has_its_own_name_and_its_own_keys_or_values() -> None:
     assert len({one.name for one in formats.FORMATS}) == len(formats.FORMATS)
+    for keys in {one.keys for one in formats.FORMATS}:
+        sharing = [one for one in formats.FORMATS if one.keys == keys]
+        assert len(sharing) == 1 or all(one.fits is not None for one in sharing), keys
 
 
 # --- Bad rows --------------------------------------------------------------------------------------------------------
@@ -179,7 +184,9 @@ BAD_ROWS: list[tuple[object, str, str]] = [
     ({"contxt": "C", "target": "T"}, "row", "`contxt`, `target`"),
     ({"contxt": "C", "target": "T"}, "row", "Did you mean `context` instead of `contxt`?"),
     ({"Messages": []}, "row", "Did you mean `messages` instead of `Messages`?"),
-    ({"prompt": "C"}, "row", "`context` + `target` or `messages`"),
+    ({"query": "C"}, "row", "context_target (`context` + `target`); alpaca (`instruction` + `output`)"),
+    ({"text": "C"}, "row", "name one in the recipe: format: doccano_relations"),
+    ({"prompt": "C"}, "response", "is missing"),
     ({}, "row", "has no keys"),
     ({"messages": [], **GOOD}, "row", "context_target and messages"),
     ({"context": "C"}, "target", "is missing"),
@@ -199,7 +206,8 @@ BAD_ROWS: list[tuple[object, str, str]] = [
     (chat(("human", "U"), ("assistant", "A")), "messages[0].role", "Did you mean `user`?"),
     (chat(("user", "U"), ("gpt", [])), "messages[1].role", "Did you mean `assistant`?"),
     (chat(("User", "U"), ("assistant", "A")), "messages[0].role", "Did you mean `user`?"),
-    (chat(("user", "U"), ("tool", "A")), "messages[1].role", "tool turns are not read yet"),
+    (chat(("user", "U"), ("tool", "A"), ("assistant", "A")), "messages", "messages[1] is a tool's, but after the"),
+    (chat(("user", "U"), ("judge", "A")), "messages[1].role", "Write system, user, assistant or tool."),
     (chat(("user", ""), ("assistant", "A")), "messages[0].content", "is empty"),
     (chat(("user", [{"type": "text"}]), ("assistant", "A")), "messages[0].content", "is a list, not text"),
     (chat(("user", "U"), ("assistant", 3)), "messages[1].content", 'Write it as a string: "3".'),
@@ -208,7 +216,9 @@ BAD_ROWS: list[tuple[object, str, str]] = [
     (chat(("assistant", "A")), "messages", "starts with the user's"),
     ({"messages": [{"role": "user", "contnet": "U"}, ANSWER]}, "messages[0].content", "instead of `contnet`"),
     ({"messages": [{"rle": "user", "content": "U"}]}, "messages[0].role", "is missing"),
-    ({"messages": [{"role": "user", "content": "U"}, ANSWER | {"loss": 0}]}, "messages[1].loss", "cannot be learnt"),
+    ({"messages": [{"role": "user", "content": "U"}, ANSWER | {"loss": 0}]}, "messages", "no reply that may be learnt"),
+    ({"messages": [{"role": "user", "content": "U"}, ANSWER | {"loss": 2}]}, "messages[1].loss", "not true or false"),
+    ({"messages": [{"role": "user", "content": "U", "loss": True}, ANSWER]}, "messages[0].loss", "only replies"),
     ([1, 2], "row", "is a list, not an object"),
 ]  # fmt: skip
 
@@ -248,6 +258,7 @@ BAD_LINES: list[tuple[bytes, str, str]] = [
     (b'{"context": "C", "target": {"\\ud83d": 1}}', "\\ud83d", "half a character"),
     (b'{"context": "C", "target": [' + b"9" * 5000 + b"]}", "row", "too many digits"),
     (b'{"context": ' + b"[" * 100_000, "row", "inside each other"),
+    (b'{"context": "C", "target": ' + b"[" * 150 + b"]" * 150 + b"}", "target", "more than 100 lists or objects"),
     (b"\xef\xbb\xbf{}", "row", "where `\\ufeff{}` stands"),
 ]
 
@@ -319,7 +330,13 @@ def test_a_file_without_rows_is_an_error(content: bytes, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("start", "words"), [(b"\xff\xfe{\0}\0", "UTF-16"), (b"\x1f\x8b\x08", "gunzip"), (b"PAR1", "Parquet")]
+    ("start", "words"),
+    [
+        (b"\xff\xfe{\0}\0", "UTF-16"),
+        (b"\x1f\x8b\x08", "damaged gzip"),
+        (b"PK\x03\x04", r"\.xlsx"),
+        (b"PAR1", r"\.parquet"),
+    ],
 )
 def test_other_kinds_of_files_are_named(start: bytes, words: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=words):
@@ -334,23 +351,13 @@ def test_a_missing_file_brings_up_the_nearest_name(tmp_path: Path) -> None:
         read_records(tmp_path / "nowhere" / "train.jsonl")
 
 
-def test_a_folder_is_answered_with_the_files_in_it(tmp_path: Path) -> None:
-    write(tmp_path, lines(GOOD), "train.jsonl")
-    write(tmp_path, lines(GOOD), "dev.jsonl")
-    write(tmp_path, "notes", "notes.txt")
-    with pytest.raises(DataError) as caught:
-        read_records(tmp_path)
-    listed = f"{tmp_path}/dev.jsonl, {tmp_path}/train.jsonl"
-    assert str(caught.value) == f"{tmp_path} is a folder. Give one of its files: {listed}."
-
-
 def test_a_file_that_may_not_be_read_is_an_error_with_the_command_that_mends_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object) -> None:  # root, who runs tests in containers, may read everything
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(records, "open", refuse, raising=False)
+    monkeypatch.setattr(compression, "open", refuse, raising=False)
     with pytest.raises(DataError, match=r"may not be read by this user.*chmod u\+r rows\.jsonl"):
         read_records("rows.jsonl")
 

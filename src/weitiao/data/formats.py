@@ -1,218 +1,215 @@
-"""Rows as people keep them → `Record`: one function per input format, named by both ends.
+"""The table of row formats, and the one that a row has: told by its own keys, or by name.
 
-    context_target   {"context": "Instruction: …\\nInput: question\\n\\ntext\\nAnswer: ", "target": "…"}
-    messages         {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-
-A new format is one function here and one entry in `FORMATS`. Each function reports *all* problems of its row.
-Nothing here knows of files (records.py), of tokens, or of what an answer looks like (tasks/forms.py).
+A new format is one function (in dialogues.py, instructions.py, annotations.py, label_studio.py) and one entry in
+`FORMATS`. Each function reports *all* problems of its row. Nothing here knows of files (files.py), of tokens, or of
+what an answer looks like (tasks/forms.py).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
-from weitiao.data.record import (
-    Parts,
-    Record,
-    RowFindings,
-    Target,
-    build_record,
-    did_you_mean,
-    kind_of,
-    nearest,
-    read_target,
-    read_task,
-    read_text,
-    shown,
+from weitiao.data.annotations import (
+    doccano_entities_to_record,
+    doccano_relations_to_record,
+    spo_list_to_record,
+    text_entities_to_record,
+    text_label_to_record,
+    text_spans_to_record,
+    uie_to_record,
 )
-from weitiao.errors import Problem
-from weitiao.messages import Message, Role, check_order
+from weitiao.data.dialogues import (
+    client_dialogue_to_record,
+    conversations_to_record,
+    messages_to_record,
+    sharegpt_to_record,
+    turn_pairs_to_record,
+)
+from weitiao.data.instructions import (
+    alpaca_to_record,
+    content_summary_to_record,
+    context_target_to_record,
+    prompt_response_to_record,
+    question_answer_to_record,
+    text_category_output_to_record,
+)
+from weitiao.data.label_studio import label_studio_to_record
+from weitiao.data.options import DEFAULT_OPTIONS, ReadOptions
+from weitiao.data.record import Record, RowFindings, did_you_mean, kind_of, nearest, shown
+from weitiao.errors import DataError, Problem
 
-# --- {"context", "target"} -------------------------------------------------------------------------------------------
-
-
-def context_target_to_record(row: Mapping[str, Any], source: str, *, require_target: bool) -> Record | list[Problem]:
-    """The record of a ``{"context", "target"[, "task"]}`` row, or all its problems.
-
-    The context becomes one user message, verbatim. A context that does not follow `split_context`'s grammar is
-    accepted whole, with `text_span` None.
-    """
-    findings = RowFindings(source)
-    context = read_text(row, "context", "context", findings)
-    target = read_target(row, "target", "target", findings, require_target=require_target)
-    task = read_task(row, findings)
-    if findings.problems:
-        return findings.problems
-    return build_record((Message(role="user", text=context),), _split_context(context), target, task, row, source)
-
-
-def _split_context(context: str) -> Parts:
-    r"""The parts of ``Instruction: …\nInput: question\n\ntext\nAnswer: ``.
-
-    The Input line is optional (the instruction then says everything, `text` is "" and nothing may be shortened).
-    The first ``\nInput:`` and the last ``\nAnswer:`` count, so the text may hold either, and blank lines too.
-
-        "Instruction: I\nInput: Q1\nQ2\n\nT1\n\nT2\nAnswer: "   → instruction "I", question "Q1\nQ2", text "T1\n\nT2"
-        "Instruction: I\nInput: T\nAnswer: "                    → instruction "I", question "",       text "T"
-        "Instruction: I\nAnswer: "                              → instruction "I", question "",       text ""
-        "Tell me a story"                                       → instruction "",  question "",       text is all of it
-    """
-    opening, input_line, cue = "Instruction:", "\nInput:", "\nAnswer:"
-    end = context.rfind(cue)
-    if not context.startswith(opening) or end < 0 or context[end + len(cue) :].strip():
-        return Parts(instruction="", question="", text=context, text_span=None)
-    if context[end - 1] == "\r":  # a context written with Windows line ends
-        end -= 1
-    input_at = context.find(input_line, 0, end)
-    if input_at < 0:
-        return Parts(instruction=context[len(opening) : end].strip(), question="", text="", text_span=None)
-    start = input_at + len(input_line)
-    if context.startswith(" ", start, end):
-        start += 1
-    return _split_input(context, start, end, instruction=context[len(opening) : input_at].strip())
-
-
-_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
-
-
-def _split_input(prompt: str, start: int, end: int, *, instruction: str) -> Parts:
-    """Question and text of ``prompt[start:end]``, which part at the first blank line; without one all of it is text."""
-    blank = _BLANK_LINES.search(prompt, start, end)
-    question = prompt[start : blank.start()].strip() if blank else ""
-    text_start = blank.end() if blank else start
-    return Parts(instruction=instruction, question=question, text=prompt[text_start:end], text_span=(text_start, end))
-
-
-# --- {"messages": [{"role", "content"}, …]} --------------------------------------------------------------------------
-
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-_ROLES_ELSEWHERE = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-_KEYS_THAT_CHANGE_MEANING = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "weight", "loss")
-
-
-def messages_to_record(row: Mapping[str, Any], source: str, *, require_target: bool) -> Record | list[Problem]:
-    """The record of a ``{"messages": [{"role", "content"}, …][, "task"]}`` row, or all its problems.
-
-    The last message is the assistant's and its content the target; with ``require_target=False`` the user may have
-    the last word. Earlier turns are kept. Other keys of the row (``label``, ``record_id``) stay in `raw` only.
-    """
-    findings = RowFindings(source)
-    task = read_task(row, findings)
-    entries = row.get("messages")
-    if not isinstance(entries, list) or not entries:
-        seen = "an empty list" if isinstance(entries, list) else kind_of(entries)
-        findings.add("messages", f"is {seen}, not a conversation.", 'Write a list of {"role": …, "content": …}.')
-        return findings.problems
-
-    roles = [_read_role(entry, f"messages[{index}]", findings) for index, entry in enumerate(entries)]
-    last = len(entries) - 1
-    answered = roles[last] not in ("system", "user")  # a last role that cannot be read was meant for the answer
-    turns: list[Message] = []
-    for index, (entry, role) in enumerate(zip(entries, roles, strict=True)):
-        if isinstance(entry, dict) and not (answered and index == last):
-            text = read_text(entry, "content", f"messages[{index}].content", findings)
-            turns.append(Message(role=role or "user", text=text))  # unknown: found, so never a record
-    target: Target | None = None
-    if answered and isinstance(entries[last], dict):
-        place = f"messages[{last}].content"
-        target = read_target(entries[last], "content", place, findings, require_target=require_target)
-
-    if None not in roles:
-        try:
-            check_order([*turns, Message(role="assistant", text="")] if answered else turns)
-        except ValueError as error:
-            findings.add("messages", str(error), "Order the turns as: system (optional), user, assistant, user, ….")
-        else:
-            if require_target and not answered:
-                findings.add(
-                    "messages",
-                    f"ends with the user's messages[{last}], so there is no answer to learn.",
-                    'Add the answer as the last message: {"role": "assistant", "content": …}.',
-                )
-    if findings.problems:
-        return findings.problems
-    instruction = turns[0].text if turns[0].role == "system" else ""
-    prompt = turns[-1].text
-    parts = _split_input(prompt, 0, len(prompt), instruction=instruction)
-    return build_record(tuple(turns), parts, target, task, row, source)
-
-
-def _read_role(entry: object, place: str, findings: RowFindings) -> Role | None:
-    if not isinstance(entry, dict):
-        findings.add(place, f"is {kind_of(entry)}, not an object.", 'Write {"role": "user", "content": "…"}.')
-        return None
-    for key in _KEYS_THAT_CHANGE_MEANING:
-        if entry.get(key) is not None:
-            findings.add(f"{place}.{key}", "cannot be learnt from yet.", f"Remove {shown(key)} or set it to null.")
-    role = entry.get("role")
-    if "role" not in entry:
-        findings.add(f"{place}.role", "is missing.", did_you_mean("role", entry) or "Add who speaks: user, for one.")
-    elif not isinstance(role, str) or role not in _ROLES:
-        near = _ROLES_ELSEWHERE.get(str(role).lower()) or nearest(str(role), _ROLES)
-        fix = f"Did you mean `{near}`?" if near else "Write system, user or assistant; tool turns are not read yet."
-        findings.add(f"{place}.role", f"is {shown(role)}, not system, user or assistant.", fix)
-    else:
-        return _ROLES[role]
-    return None
-
-
-# --- The table of formats --------------------------------------------------------------------------------------------
+Row = Mapping[str, Any]
 
 
 class RowReader(Protocol):
     """What every format function is."""
 
-    def __call__(self, row: Mapping[str, Any], source: str, *, require_target: bool) -> Record | list[Problem]: ...
+    def __call__(
+        self, row: Row, source: str, options: ReadOptions, *, require_target: bool
+    ) -> Record | list[Problem]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowFormat:
-    """One row of the table: a row with all `keys` has this format; so has one with the first, if no other fits."""
+    """One row of the table: a row with all `keys` has this format; so has one that can `ask`, if no other fits."""
 
     name: str
     keys: tuple[str, ...]
+    """The keys of a labelled row."""
     to_record: RowReader
+    ask: tuple[str, ...] = ()
+    """The keys that a row without its answer has; the first of `keys` where none are given."""
+    fits: Callable[[Row], bool] | None = None
+    """Where several formats share their keys: whether the values are this one's."""
+
+
+def _first_entry_has(key: str, inside: str) -> Callable[[Row], bool]:
+    def fits(row: Row) -> bool:
+        entries = row.get(key)
+        return isinstance(entries, list) and any(isinstance(entry, dict) and inside in entry for entry in entries)
+
+    return fits
+
+
+_from_value = _first_entry_has("conversations", "from")
+_with_offsets = _first_entry_has("entities", "start_offset")
+
+
+def _has_relations(row: Row) -> bool:
+    return bool(row.get("relations")) or not row.get("entities")
+
+
+def _has_spans(row: Row) -> bool:
+    label = row.get("label")
+    return isinstance(label, list) and (not label or any(isinstance(entry, list | dict) for entry in label))
+
+
+def _has_labels(row: Row) -> bool:
+    label = row.get("label")
+    return not (isinstance(label, list) and any(isinstance(entry, list | dict) for entry in label))
 
 
 FORMATS: tuple[RowFormat, ...] = (
+    # one question, one answer
     RowFormat(name="context_target", keys=("context", "target"), to_record=context_target_to_record),
+    RowFormat(name="alpaca", keys=("instruction", "output"), to_record=alpaca_to_record),
+    RowFormat(name="prompt_response", keys=("prompt", "response"), to_record=prompt_response_to_record),
+    RowFormat(name="content_summary", keys=("content", "summary"), to_record=content_summary_to_record),
+    RowFormat(
+        name="text_category_output",
+        keys=("text", "category", "output"),
+        ask=("text", "category"),
+        to_record=text_category_output_to_record,
+    ),
+    RowFormat(name="question_answer", keys=("question", "answer"), to_record=question_answer_to_record),
+    # conversations
     RowFormat(name="messages", keys=("messages",), to_record=messages_to_record),
+    RowFormat(
+        name="conversations",
+        keys=("conversations",),
+        to_record=conversations_to_record,
+        fits=lambda row: not _from_value(row),
+    ),
+    RowFormat(name="sharegpt", keys=("conversations",), to_record=sharegpt_to_record, fits=_from_value),
+    RowFormat(name="turn_pairs", keys=("conversation",), to_record=turn_pairs_to_record),
+    RowFormat(name="client_dialogue", keys=("dialogue",), to_record=client_dialogue_to_record),
+    # annotations
+    RowFormat(
+        name="doccano_relations",
+        keys=("text", "relations"),
+        to_record=doccano_relations_to_record,
+        fits=_has_relations,
+    ),
+    RowFormat(
+        name="doccano_entities",
+        keys=("text", "entities"),
+        to_record=doccano_entities_to_record,
+        fits=lambda row: _with_offsets(row) and not row.get("relations"),
+    ),
+    RowFormat(
+        name="text_entities",
+        keys=("text", "entities"),
+        to_record=text_entities_to_record,
+        fits=lambda row: not _with_offsets(row) and "relations" not in row,
+    ),
+    RowFormat(name="text_spans", keys=("text", "label"), to_record=text_spans_to_record, fits=_has_spans),
+    RowFormat(name="text_label", keys=("text", "label"), to_record=text_label_to_record, fits=_has_labels),
+    RowFormat(name="uie", keys=("content", "result_list"), ask=("content", "prompt"), to_record=uie_to_record),
+    RowFormat(name="spo_list", keys=("text", "spo_list"), to_record=spo_list_to_record),
+    RowFormat(name="label_studio", keys=("data", "annotations"), to_record=label_studio_to_record),
 )
 
+_BY_NAME = {one.name: one for one in FORMATS}
 
-def recognise_format(row: Mapping[str, Any]) -> str | None:
+
+def recognise_format(row: Row) -> str | None:
     """The name of the one format that the row's keys fit; None when none fits, or several do equally well."""
     fitting = _fitting_formats(row)
     return fitting[0].name if len(fitting) == 1 else None
 
 
-def row_to_record(row: object, source: str, *, require_target: bool) -> Record | list[Problem]:
-    """The record of a row in any known format, or all its problems; `row` is any JSON value."""
-    findings = RowFindings(source)
+def check_format_name(name: str | None) -> None:
+    """Return when `name` is a format's or None. Raises DataError with the nearest name."""
+    if name is not None and name not in _BY_NAME:
+        near = nearest(name, _BY_NAME)
+        hint = f"Did you mean {near}?" if near else f"Known formats: {', '.join(_BY_NAME)}."
+        raise DataError(f"There is no row format {shown(name)}. {hint}")
+
+
+def row_to_record(
+    row: object, source: str, options: ReadOptions = DEFAULT_OPTIONS, *, require_target: bool
+) -> Record | list[Problem]:
+    """The record of a row in the format that `options` name, else in any known one; or all its problems.
+
+    `row` is any JSON value.
+    """
     if not isinstance(row, dict):
+        findings = RowFindings(source)
         findings.add("row", f"is {kind_of(row)}, not an object.", "Write one object with the keys of a known format.")
         return findings.problems
+    if options.format is not None:
+        return _BY_NAME[options.format].to_record(row, source, options, require_target=require_target)
     fitting = _fitting_formats(row)
     if len(fitting) == 1:
-        return fitting[0].to_record(row, source, require_target=require_target)
+        return fitting[0].to_record(row, source, options, require_target=require_target)
+    return _explain_no_format(row, source, fitting)
+
+
+def _fitting_formats(row: Row) -> tuple[RowFormat, ...]:
+    complete, asking = _formats_by_keys(tuple(row)) if len(row) <= 64 else _find_formats_by_keys(tuple(row))
+    for group in (complete, asking):
+        fitting = tuple(one for one in group if one.fits is None or one.fits(row))
+        if fitting:
+            return fitting
+    return ()
+
+
+def _find_formats_by_keys(keys: tuple[str, ...]) -> tuple[tuple[RowFormat, ...], tuple[RowFormat, ...]]:
+    """The formats that a labelled row with these keys may have, and those it may have without its answer."""
+    complete = tuple(one for one in FORMATS if all(key in keys for key in one.keys))
+    asking = tuple(one for one in FORMATS if all(key in keys for key in one.ask or one.keys[:1]))
+    most = max((len(one.ask) for one in asking), default=0)  # text + category says more than text alone
+    return complete, tuple(one for one in asking if len(one.ask) == most)
+
+
+# The rows of a file have the same keys over and over; asking the whole table for each would cost as much as the rest.
+_formats_by_keys = lru_cache(maxsize=1024)(_find_formats_by_keys)
+
+
+def _explain_no_format(row: Row, source: str, fitting: tuple[RowFormat, ...]) -> list[Problem]:
+    findings = RowFindings(source)
     if fitting:
         names = " and ".join(one.name for one in fitting)
-        findings.add("row", f"fits several formats: {names}.", "Keep the keys of one of them.")
-    else:
-        expected = " or ".join(" + ".join(f"`{key}`" for key in one.keys) for one in FORMATS)
-        keys = ", ".join(shown(key) for key in row)
-        seen = f"has the keys {keys}" if row else "has no keys"
-        advice = [did_you_mean(one.keys[0], row) for one in FORMATS]
-        fix = next(filter(None, advice), "Rename the keys, or convert the file.")
-        findings.add("row", f"{seen}; a known format has {expected}.", fix)
+        fix = f"Keep the keys of one of them, or name one in the recipe: format: {fitting[0].name}."
+        findings.add("row", f"fits several formats: {names}.", fix)
+        return findings.problems
+    expected = "; ".join(f"{one.name} ({' + '.join(f'`{key}`' for key in one.keys)})" for one in FORMATS)
+    keys = ", ".join(shown(key) for key in list(row)[:12]) + (", …" if len(row) > 12 else "")
+    seen = f"has the keys {keys}" if row else "has no keys"
+    advice = [did_you_mean(key, row) for one in FORMATS for key in one.keys if key not in row]
+    fix = next(filter(None, advice), "Rename the keys, or convert the file.")
+    findings.add("row", f"{seen}, which fit no known format: {expected}.", fix)
     return findings.problems
-
-
-def _fitting_formats(row: Mapping[str, Any]) -> tuple[RowFormat, ...]:
-    complete = tuple(one for one in FORMATS if all(key in row for key in one.keys))
-    return complete or tuple(one for one in FORMATS if one.keys[0] in row)
-
-

@@ -104,6 +104,11 @@ def build_record(
     task: str | None,
     row: Mapping[str, Any],
     source: str,
+    *,
+    calls: tuple[ToolCall, ...] = (),
+    says: str = "",
+    tools: tuple[Mapping[str, Any], ...] = (),
+    left_out: str = "",
 ) -> Record:
     return Record(
         messages=messages,
@@ -115,6 +120,10 @@ def build_record(
         text=parts.text,
         text_span=parts.text_span,
         raw=row,
+        calls=calls,
+        says=says,
+        tools=tools,
+        left_out=left_out,
     )
 
 
