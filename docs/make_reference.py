@@ -96,15 +96,17 @@ def _value(entry: Schema) -> str:
         return ", ".join(f"`{choice}`" for choice in entry.get("enum", [entry.get("const")]))
     if entry["type"] == "array":
         return f"list of {_value(entry['items'])}"
+    if "additionalProperties" in entry:
+        return f"{_value(entry['additionalProperties'])} by name"
     bounds = [f"{sign} {entry[key]:g}" for key, sign in _BOUNDS if key in entry]
     return " ".join([_KINDS[entry["type"]], ", ".join(bounds)]).strip()
 
 
 def _default(value: Any) -> str:
+    if value in ([], {}, None):
+        return "none"
     if isinstance(value, dict):
         return "as below"
-    if value in ([], None):
-        return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 from .data.checks import find_contradictions, find_leaks, find_repeats
 from .data.mixture import Split, read_split
+from .data.options import ReadOptions
 from .data.records import Record, digest_records
 from .errors import DataError, Problem, RecipeError
-from .recipe import Data, DeclaredTask, Recipe
+from .recipe import Data, DeclaredTask, Recipe, Source
 from .tasks.answers import find_misfit
 from .tasks.base import Task, assign_task, infer_tasks
 from .tasks.forms import AnswerForm, Field
@@ -59,10 +60,22 @@ def load_dataset(recipe: Recipe) -> Dataset:
 
 def _read(data: Data, seed: int) -> Split:
     return read_split(
-        [(source.path, source.weight) for source in data.train],
-        [source.path for source in data.dev],
+        [(source.path, source.weight, read_options(source, data)) for source in data.train],
+        [(source.path, read_options(source, data)) for source in data.dev],
         heldout=data.heldout,
         seed=seed,
+    )
+
+
+def read_options(source: Source, data: Data) -> ReadOptions:
+    """How the recipe says that the rows of one of its sources are to be read."""
+    return ReadOptions(
+        format=source.format,
+        prompt=source.prompt,
+        system=source.system,
+        encoding=source.encoding,
+        sheet=source.sheet,
+        placeholders=data.placeholders,
     )
 
 

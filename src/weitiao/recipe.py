@@ -25,10 +25,28 @@ class Part(BaseModel):
 
 
 class Source(Part):
-    """One file of rows."""
+    """One file of rows, or several that belong together."""
 
-    path: str = Field(description="A .jsonl file of rows, relative to the folder weitiao is started in.")
+    path: str = Field(
+        description="A file (.jsonl, .json, .csv, .tsv, .parquet, .xlsx; text also as .gz or .zst), a folder of them, "
+        "a pattern such as data/*.jsonl, dataset_info.json#NAME, hf:OWNER/NAME:SPLIT or modelscope:OWNER/NAME:SPLIT. "
+        "Relative to the folder weitiao is started in."
+    )
     weight: float = Field(1.0, gt=0, description="How often its rows are seen per epoch: 2 = twice, 0.5 = every other.")
+    format: str | None = Field(
+        None, description="Name of its rows' format, such as alpaca or sharegpt. Left out: told from each row's keys."
+    )
+    prompt: str | None = Field(
+        None,
+        min_length=1,
+        description='How a question is written from a row\'s fields, such as "Which class?\\n\\n{text}". '
+        "Left out: as the format does.",
+    )
+    system: str | None = Field(None, min_length=1, description="The system message of rows that have none.")
+    encoding: Literal["utf-8", "gb18030"] = Field(
+        "utf-8", description="How the bytes of a text file are read. gb18030 also reads GBK and GB2312."
+    )
+    sheet: str | None = Field(None, description="Name of a spreadsheet's sheet. Left out: the first.")
 
 
 def _as_source(value: Any) -> Any:
@@ -68,6 +86,16 @@ class Data(Part):
     dev: Sources = Field((), description="Files of rows to score on while training; never trained on.")
     heldout: float = Field(
         0.1, ge=0, lt=1, description="Share of the train rows kept apart for scoring when no dev files are given."
+    )
+    turns: Literal["flagged", "all", "last"] = Field(
+        "flagged",
+        description="Which replies of a conversation are learnt: all but those whose own flag says no (loss, weight), "
+        "all whatever their flag says, or only the last.",
+    )
+    placeholders: dict[str, Annotated[str, Field(min_length=1)] | None] = Field(
+        {},
+        description="What stands for {{name}}, {{author}}, <NAME> and <AUTHOR> in rows, by name; null keeps such a "
+        "place as text.",
     )
     max_length: int = Field(2048, gt=8, description="Longest example in tokens, prompt and answer together.")
     overlong: Literal["error", "drop", "shorten_input"] = Field(

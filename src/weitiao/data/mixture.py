@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import DataError, Problem
 from .checks import input_key
+from .options import ReadOptions
 from .records import Record, read_records
 
 
@@ -25,12 +26,18 @@ class Split:
     dev: tuple[Record, ...]
 
 
-def read_split(sources: Sequence[tuple[str, float]], dev_paths: Sequence[str], *, heldout: float, seed: int) -> Split:
+def read_split(
+    sources: Sequence[tuple[str, float, ReadOptions]],
+    dev_sources: Sequence[tuple[str, ReadOptions]],
+    *,
+    heldout: float,
+    seed: int,
+) -> Split:
     """Read all files and set dev rows apart.
 
     Args:
-        sources: ``(path, weight)`` of the train files.
-        dev_paths: files of dev rows; when empty, `heldout` of the train rows are set apart.
+        sources: ``(path, weight, options)`` of the train files.
+        dev_sources: ``(path, options)`` of the dev files; when empty, `heldout` of the train rows are set apart.
         heldout: share of the train rows for scoring, taken evenly from every kind of question.
         seed: of the choice. Rows with the same input always fall on the same side.
 
@@ -40,19 +47,19 @@ def read_split(sources: Sequence[tuple[str, float]], dev_paths: Sequence[str], *
     problems: list[Problem] = []
     messages: list[str] = []
 
-    def read(path: str) -> list[Record]:
+    def read(path: str, options: ReadOptions) -> list[Record]:
         try:
-            return read_records(path)
+            return read_records(path, options=options)
         except DataError as error:
             messages.append(str(error).splitlines()[0])
             problems.extend(error.problems)
             return []
 
-    read_train = [(record, weight) for path, weight in sources for record in read(path)]
-    dev = [record for path in dev_paths for record in read(path)]
+    read_train = [(record, weight) for path, weight, options in sources for record in read(path, options)]
+    dev = [record for path, options in dev_sources for record in read(path, options)]
     if messages:
         raise DataError("\n".join(messages), problems)
-    if not dev_paths and heldout > 0:
+    if not dev_sources and heldout > 0:
         apart = choose_heldout([record for record, _ in read_train], share=heldout, seed=seed)
         dev = [record for record, _ in read_train if input_key(record) in apart]
         read_train = [(record, weight) for record, weight in read_train if input_key(record) not in apart]
