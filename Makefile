@@ -30,11 +30,11 @@ check: install
 slow: install
 	$(BIN)/python -m pytest -m slow
 
-bench: install
+bench: demo
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/spo_and_topics.py
-	$(BIN)/python benchmarks/generate_speed.py runs/demo examples/starter/heldout.jsonl
+	$(BIN)/python benchmarks/generate_speed.py --model runs/demo --data examples/starter/heldout.jsonl
 
 docs: install
 	$(BIN)/python docs/make_reference.py

@@ -2,10 +2,10 @@
 
     python benchmarks/generate_speed.py --model FOLDER_OR_RUN --data dev.jsonl --rows 100 --dtype bfloat16 [--exact]
 
-FOLDER holds a model, or a PEFT adapter (then name its base with --base); a RUN is a weitiao run folder, whose adapter
-is taken. Data rows are `{"context": …}`; a prompt is the beginning-of-sequence token and the tokens of the context.
-Both sides get the same prompts, stop token and token limit and take turns in one process, so that a machine that
-slows down slows both. Tokens are counted with their stop token.
+FOLDER holds a model, or a PEFT adapter (on the starter model, unless --base names another); a RUN is a weitiao run
+folder, whose adapter is taken. Data rows are `{"context": …}`; a prompt is the beginning-of-sequence token and the
+tokens of the context. Both sides get the same prompts, stop token and token limit and take turns in one process, so
+that a machine that slows down slows both. Tokens are counted with their stop token.
 
 Exits with 1 when weitiao is not at least 8 times as fast.
 """
@@ -31,6 +31,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from weitiao.generate.engine import Sampling, generate
+from weitiao.models.starter import starter_folder
 
 WANTED_RATIO = 8.0
 
@@ -58,12 +59,10 @@ class Job:
     exact: bool
 
 
-def open_model(folder: Path, base: Path | None, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
+def open_model(folder: Path, base: Path, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
     """The model in `folder`, or the adapter there on `base`, in evaluation mode."""
     if not (folder / "adapter_config.json").exists():
         return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
-    if base is None:
-        raise SystemExit(f"{folder} holds an adapter. Name the folder of its base model with --base.")
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), folder).eval()
 
 
@@ -116,7 +115,9 @@ def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a model, an adapter or a run")
-    parser.add_argument("--base", type=Path, help="folder of the base model, for an adapter or a run")
+    parser.add_argument(
+        "--base", type=Path, help="an adapter's base model; default: starter"
+    )
     parser.add_argument("--data", type=Path, required=True, help="JSON lines with a `context` each")
     parser.add_argument("--rows", type=int, default=100, help="prompts that weitiao answers")
     parser.add_argument("--reference-rows", type=int, help="how many of them one-row generation answers, too; all")
@@ -128,8 +129,9 @@ def main() -> int:
     args = parser.parse_args()
 
     folder = args.model / "adapter" if (args.model / "adapter" / "adapter_config.json").exists() else args.model
-    model = open_model(folder, args.base, {"bfloat16": torch.bfloat16, "float32": torch.float32}[args.dtype])
-    tokenizer = AutoTokenizer.from_pretrained(args.base or folder)
+    base = args.base or starter_folder()
+    model = open_model(folder, base, {"bfloat16": torch.bfloat16, "float32": torch.float32}[args.dtype])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     with args.data.open(encoding="utf-8") as file:
         contexts = [json.loads(line)["context"] for line in file][: args.rows]
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

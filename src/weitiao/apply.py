@@ -182,7 +182,7 @@ def _shorten(
     fitted, shortened, problems = [], [], []
     for record, task in zip(records, tasks, strict=True):
         room = contract.max_length - contract.answer_limits[task.name]
-        if len(opened.renderer.render_prompt(record.messages)) > room:
+        if len(opened.renderer.render_prompt(record.messages, record.tools)) > room:
             shorter = shorten_record(record, opened.renderer, num_answer=0, max_length=room)
             if shorter is None:
                 message = f"The prompt does not fit into {room} tokens, however much of its text is left out."

@@ -98,26 +98,34 @@ def init(
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="A recipe, or a .jsonl file of rows.")],
-    overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    what: Annotated[
+        list[str],
+        typer.Argument(help="A recipe, or files or folders of rows; then changes such as data.max_length=1024."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything found as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write everything found as a page to this file.")] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(help="Write mended copies to this file, or into this folder, with lists of what was done."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Count the rows longer than this, in tokens, else in characters.")
+    ] = None,
 ) -> None:
     """Name every problem of the data at once, in seconds, without loading a model.
 
-    Ends with code 0 when the data can be trained on, 2 when it cannot.
+    Bad rows, contradictions, repeats and near-repeats, dev rows that are trained on, answers without their task's form,
+    values that are not in the text, wrongly decoded texts, personal data, labels out of balance, lengths.
+
+    Of several files those named dev, valid, test or eval are scored on.
+    Ends with code 0 when the data can be trained on, 1 when it has errors, 2 when it cannot be read.
     """
-    from .dataset import load_dataset
-    from .init import describe_tasks
-    from .recipe import load_recipe, make_recipe
+    from .check import check_subject, find_subject
 
     with _reporting_errors():
-        if path.suffix in (".yaml", ".yml"):
-            recipe = load_recipe(path, overrides or ())
-        else:
-            values = {"name": path.stem, "model": "starter", "data": {"train": str(path), "heldout": 0}}
-            recipe = make_recipe(values, overrides or ())
         try:
-            dataset = load_dataset(recipe)
+            subject = find_subject(what)
+            checkup = check_subject(subject, max_length=max_length)
         except DataError as error:
             if as_json:
                 found = [
@@ -125,15 +133,25 @@ def check(
                 ]
                 print(json.dumps({"ok": False, "message": _summary(error), "problems": found}, ensure_ascii=False))
             raise
-    if as_json:
-        rows = {name: {"train": train, "dev": dev} for name, (train, dev) in dataset.count_rows().items()}
-        print(json.dumps({"ok": True, "tasks": rows, "notes": dataset.notes, "problems": []}, ensure_ascii=False))
-        return
-    for line in describe_tasks(dataset):
-        out.print(f"• {line}")
-    for note in dataset.notes:
-        out.print(f"note: {note}", style="yellow")
-    out.print(f"No problems in {len(dataset.train)} train and {len(dataset.dev)} dev rows.", style="green")
+        if as_json:
+            print(json.dumps(checkup.to_json(), ensure_ascii=False))
+        else:
+            from .check_terminal import print_checkup
+
+            print_checkup(checkup, out)
+        if html is not None:
+            from .check_page import write_page
+
+            write_page(checkup, html)
+            err.print(f"Wrote {html}.")
+        if fix is not None:
+            from .check_fix import describe_changes, mend_files
+
+            for mended in mend_files(subject, checkup, fix):
+                done = f"{mended.rows} rows, {describe_changes(mended)}; listed in {mended.list_of_changes}"
+                err.print(f"Wrote {mended.copy}: {done}.", soft_wrap=True)
+    if not checkup.ok:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -146,6 +164,7 @@ def show(
     from .dataset import load_dataset
     from .models.families import open_renderer
     from .recipe import load_recipe
+    from .render.fitting import render_record
     from .render.preview import colour_example
 
     with _reporting_errors():
@@ -155,9 +174,9 @@ def show(
         for task in dataset.tasks:
             rows = [record for record, its in zip(dataset.train, dataset.train_tasks, strict=True) if its is task]
             for record in rows[:number]:
-                example = renderer.render_example(record.messages, task.write_target(record))
-                out.rule(f"{task.name} · {record.source} · {len(example)} tokens, {example.num_supervised} learnt")
-                out.print(colour_example(example, renderer))
+                for example in render_record(record, task, renderer, turns=loaded.data.turns):
+                    out.rule(f"{task.name} · {record.source} · {len(example)} tokens, {example.num_supervised} learnt")
+                    out.print(colour_example(example, renderer))
 
 
 @app.command()
@@ -174,6 +193,10 @@ def train(
         from .dataset import load_dataset
 
         load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
+        from .check import check_recipe
+        from .check_terminal import print_briefly
+
+        print_briefly(check_recipe(loaded, str(recipe)), err)
         from .tune import tune_model
 
         tune_model(loaded, resume=resume, console=err)

@@ -73,7 +73,7 @@ def tune_model(
     outcome = train(
         model,
         train_rows.examples,
-        [dataset.weights[place] for place in train_rows.kept],
+        [dataset.weights[place] for place in train_rows.rows],
         dev_rows.examples,
         settings=recipe.train,
         run=run,
@@ -94,7 +94,21 @@ def _fit(
     recipe: Recipe, records: Sequence[Record], tasks: Sequence[Task], opened: OpenModel, console: Console
 ) -> FittedRows:
     """Examples within the length limit; what was dropped or shortened is said."""
-    rows = fit_rows(records, tasks, opened.renderer, max_length=recipe.data.max_length, overlong=recipe.data.overlong)
+    rows = fit_rows(
+        records,
+        tasks,
+        opened.renderer,
+        max_length=recipe.data.max_length,
+        overlong=recipe.data.overlong,
+        turns=recipe.data.turns,
+    )
+    more = len(rows.examples) - len(rows.records)
+    if more:
+        console.print(
+            f"note: {more} examples more than rows: this model's chat format writes earlier replies differently from "
+            f"new ones, so such conversations are learnt in parts.",
+            soft_wrap=True,
+        )
     for what, sources in (("dropped", rows.dropped), ("shortened", rows.shortened)):
         if sources:
             console.print(
@@ -127,7 +141,7 @@ def _depends_on(recipe: Recipe, dataset: Dataset, opened: OpenModel) -> dict[str
         for key in keys:
             del settings[part][key]
     del settings["data"], settings["model"]["path"]  # where rows and model lie may change, what they hold may not
-    settings["data"] = {"max_length": recipe.data.max_length, "overlong": recipe.data.overlong}
+    settings["data"] = {key: getattr(recipe.data, key) for key in ("max_length", "overlong", "turns")}
     rows = {name: {"train": train, "dev": dev} for name, (train, dev) in dataset.count_rows().items()}
     return {"data": dataset.fingerprint, "rows": rows, "base model": opened.fingerprint, "recipe": settings}
 
@@ -162,9 +176,9 @@ def _answer_limits(
     limits = {}
     for task in dataset.tasks:
         lengths = [
-            example.num_supervised
+            example.num_answer
             for rows, tasks in ((train_rows, dataset.train_tasks), (dev_rows, dataset.dev_tasks))
-            for example, place in zip(rows.examples, rows.kept, strict=True)
+            for example, place in zip(rows.examples, rows.rows, strict=True)
             if tasks[place] is task
         ]
         auto = max(32, 3 * max(lengths, default=0) // 2)

@@ -44,6 +44,7 @@ class Answerer:
             self.renderer,
             [record.messages for record in records],
             sampling=self.sampling,
+            tools=[record.tools for record in records],
             limits=[self.answer_limits[task.name] for task in tasks],
             max_rows=self.batch_rows,
         )

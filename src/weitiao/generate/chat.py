@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..messages import Message
-from ..render.base import Renderer
+from ..render.base import Renderer, Tools
 from .engine import Sampling, generate
 
 
@@ -33,6 +33,7 @@ def reply_all(
     conversations: Sequence[Sequence[Message]],
     *,
     sampling: Sampling,
+    tools: Sequence[Tools] | None = None,
     limits: Sequence[int] | None = None,
     max_rows: int = 48,
 ) -> Iterator[Reply]:
@@ -41,12 +42,14 @@ def reply_all(
     Args:
         model: a causal model in eval mode.
         renderer: its chat format.
-        conversations: lists of messages, each ending with the user's.
+        conversations: lists of messages, each ending with the user's or a tool's.
         sampling: how tokens are chosen.
+        tools: for each conversation, the tools on offer.
         limits: for each conversation, the most tokens of its reply, where that is less than `sampling` allows.
         max_rows: conversations answered together.
     """
-    prompts = [renderer.render_prompt(messages) for messages in conversations]
+    offers = tools if tools is not None else [()] * len(conversations)
+    prompts = [renderer.render_prompt(messages, offer) for messages, offer in zip(conversations, offers, strict=True)]
     stop_ids = renderer.stop_ids
     for done in generate(model, prompts, stop_ids=stop_ids, sampling=sampling, limits=limits, max_rows=max_rows):
         yield Reply(

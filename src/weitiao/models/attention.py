@@ -12,6 +12,7 @@ Shapes: T packed tokens, H query heads, K key/value heads (H a multiple of K), D
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -115,25 +116,53 @@ def _row_backward(
     _, num_heads, length, size = q.shape
     num_kv = k.shape[1]
     groups = num_heads // num_kv
+
+    def stacked(x: Tensor, a: int, b: int) -> Tensor:
+        return x[0, :, a:b].reshape(num_kv, groups * (b - a), size)
+
+    if length <= _BLOCK:
+        hidden = _hidden_keys(0, length, 0, window, q.device)
+        grad_q, grad_k, grad_v = _block_backward(
+            stacked(grad, 0, length), stacked(q, 0, length), k[0], v[0], hidden, scaling
+        )
+        return grad_q.view(1, num_heads, length, size), grad_k[None], grad_v[None]
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.zeros(num_kv, length, size, dtype=torch.float32, device=q.device) for _ in "kv")
     for a in range(0, length, _BLOCK):
         b = min(a + _BLOCK, length)
         first = max(0, a - window + 1) if window > 0 else 0
-        stacked = (num_kv, groups * (b - a), size)
-        q_b, grad_b = q[0, :, a:b].reshape(stacked), grad[0, :, a:b].reshape(stacked)
-        k_b, v_b = k[0, :, first:b], v[0, :, first:b]
-        hidden = ~_window_mask(a, b, first, window, q.device)
-        scores = torch.bmm(q_b, k_b.transpose(1, 2)).float().mul_(scaling)
-        scores = scores.view(num_kv, groups, b - a, b - first).masked_fill_(hidden, float("-inf"))
-        probabilities = scores.softmax(-1).view(num_kv, groups * (b - a), b - first)
-        grad_p = torch.bmm(grad_b, v_b.transpose(1, 2)).float()
-        centre = (grad_p * probabilities).sum(-1, keepdim=True)
-        grad_scores = grad_p.sub_(centre).mul_(probabilities).mul_(scaling).to(q.dtype)
-        grad_q[0, :, a:b] = torch.bmm(grad_scores, k_b).view(num_heads, b - a, size)
-        grad_k[:, first:b] += torch.bmm(grad_scores.transpose(1, 2), q_b)
-        grad_v[:, first:b] += torch.bmm(probabilities.to(q.dtype).transpose(1, 2), grad_b)
+        hidden = _hidden_keys(a, b, first, window, q.device)
+        part_q, part_k, part_v = _block_backward(
+            stacked(grad, a, b), stacked(q, a, b), k[0, :, first:b], v[0, :, first:b], hidden, scaling
+        )
+        grad_q[0, :, a:b] = part_q.view(num_heads, b - a, size)
+        grad_k[:, first:b] += part_k
+        grad_v[:, first:b] += part_v
     return grad_q, grad_k[None].to(k.dtype), grad_v[None].to(v.dtype)
+
+
+def _block_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries ``[K, groups · Q, D]`` over keys ``[K, S, D]``; `hidden` ``[Q, S]`` is True out of sight."""
+    num_kv = len(q)
+    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scaling)
+    scores.view(num_kv, -1, *hidden.shape).masked_fill_(hidden, float("-inf"))
+    probabilities = scores.softmax(-1)
+    grad_p = torch.bmm(grad, v.transpose(1, 2)).float()
+    centre = (grad_p * probabilities).sum(-1, keepdim=True)
+    grad_scores = grad_p.sub_(centre).mul_(probabilities).mul_(scaling).to(q.dtype)
+    return (
+        torch.bmm(grad_scores, k),
+        torch.bmm(grad_scores.transpose(1, 2), q),
+        torch.bmm(probabilities.to(q.dtype).transpose(1, 2), grad),
+    )
+
+
+@lru_cache(maxsize=256)
+def _hidden_keys(start: int, stop: int, first: int, window: int, device: torch.device) -> Tensor:
+    """The opposite of `_window_mask`, kept: making it took as long as a product of the backward pass."""
+    return ~_window_mask(start, stop, first, window, device)
 
 
 def _setup_context(

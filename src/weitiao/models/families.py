@@ -6,6 +6,8 @@ A family says how to recognise a checkpoint and what differs from the common cas
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..errors import ModelError
 from ..render.base import Renderer
@@ -123,7 +126,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_bars():
             warnings.simplefilter("ignore")
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=dtype, trust_remote_code=False, output_loading_info=True
@@ -142,6 +145,18 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide transformers' bar over the tensors of a checkpoint: reading a local file takes a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _generation_stop_ids(folder: Path) -> tuple[int, ...]:

@@ -12,8 +12,9 @@ from typing import Literal
 
 from ..data.records import Record
 from ..errors import DataError, Problem
+from ..messages import Message
 from ..tasks.base import Task
-from .base import Example, Renderer
+from .base import Example, Renderer, Turns
 
 Overlong = Literal["error", "drop", "shorten_input"]
 
@@ -23,10 +24,12 @@ class FittedRows:
     """Examples within the limit, and what was done to get there."""
 
     examples: tuple[Example, ...]
+    rows: tuple[int, ...]
+    """For each example, the place of its record in the input. Only a conversation can make several examples."""
     records: tuple[Record, ...]
-    """For each example, its record, the text shortened where it had to be."""
+    """The records that were kept, the text shortened where it had to be."""
     kept: tuple[int, ...]
-    """For each example, the place of its record in the input."""
+    """For each of `records`, its place in the input."""
     dropped: tuple[str, ...]
     """Sources of rows left out because they are too long (policy `drop`)."""
     shortened: tuple[str, ...]
@@ -40,6 +43,7 @@ def fit_rows(
     *,
     max_length: int,
     overlong: Overlong,
+    turns: Turns = "flagged",
 ) -> FittedRows:
     """Training examples of `records`, none longer than `max_length` tokens.
 
@@ -49,40 +53,55 @@ def fit_rows(
         renderer: the model's chat format.
         max_length: limit in tokens, prompt and answer together.
         overlong: what to do with a longer row.
+        turns: which replies of a conversation are learnt.
 
     Raises:
         DataError: policy `error` and some rows are too long, or a row cannot be shortened; all of them are named.
     """
-    examples, fitted, kept, dropped, shortened = [], [], [], [], []
+    examples: list[Example] = []
+    rows, fitted, kept, dropped, shortened = [], [], [], [], []
     problems: list[Problem] = []
     for place, (record, task) in enumerate(zip(records, tasks, strict=True)):
-        answer = task.write_target(record)
-        example = renderer.render_example(record.messages, answer)
-        if len(example) > max_length:
+        made = render_record(record, task, renderer, turns=turns)
+        longest = max(made, key=len)
+        if len(longest) > max_length:
             if overlong == "drop":
                 dropped.append(record.source)
                 continue
             shorter = None
             if overlong == "shorten_input":
-                shorter = shorten_record(record, renderer, num_answer=example.num_supervised, max_length=max_length)
+                num_answer = longest.num_answer
+                shorter = shorten_record(record, renderer, num_answer=num_answer, max_length=max_length)
             if shorter is None:
-                problems.append(_too_long(record, example, max_length, overlong))
+                problems.append(_too_long(record, longest, max_length, overlong))
                 continue
             shortened.append(record.source)
             record = shorter
-            example = renderer.render_example(record.messages, answer)
-        examples.append(example)
+            made = render_record(record, task, renderer, turns=turns)
+        examples += made
+        rows += [place] * len(made)
         fitted.append(record)
         kept.append(place)
     if problems:
         raise DataError(f"{len(problems)} of {len(records)} rows are longer than {max_length} tokens.", problems)
     return FittedRows(
         examples=tuple(examples),
+        rows=tuple(rows),
         records=tuple(fitted),
         kept=tuple(kept),
         dropped=tuple(dropped),
         shortened=tuple(shortened),
     )
+
+
+def render_record(record: Record, task: Task, renderer: Renderer, *, turns: Turns = "flagged") -> tuple[Example, ...]:
+    """The training examples of one record, its answer written in the task's form; one example, as a rule."""
+    reply = Message(
+        role="assistant",
+        text=record.says if record.calls else task.write_target(record),
+        calls=record.calls,
+    )
+    return renderer.render_conversation(record.messages, reply, tools=record.tools, turns=turns)
 
 
 def shorten_record(record: Record, renderer: Renderer, *, num_answer: int, max_length: int) -> Record | None:
@@ -94,7 +113,7 @@ def shorten_record(record: Record, renderer: Renderer, *, num_answer: int, max_l
         return None
 
     def fits(length: int) -> bool:
-        prompt = renderer.render_prompt(record.with_text(record.text[:length]).messages)
+        prompt = renderer.render_prompt(record.with_text(record.text[:length]).messages, record.tools)
         return len(prompt) + num_answer <= max_length
 
     low, high = 0, len(record.text)  # fits(low) is sought true, fits(high) is known false
@@ -105,8 +124,8 @@ def shorten_record(record: Record, renderer: Renderer, *, num_answer: int, max_l
 
 
 def _too_long(record: Record, example: Example, max_length: int, overlong: Overlong) -> Problem:
-    num_prompt = len(example) - example.num_supervised
-    sizes = f"{len(example)} tokens: {num_prompt} of prompt, {example.num_supervised} of answer; limit {max_length}."
+    num_prompt = len(example) - example.num_answer
+    sizes = f"{len(example)} tokens: {num_prompt} of prompt, {example.num_answer} of answer; limit {max_length}."
     if overlong == "error":
         fix = (
             f"Set data.max_length={len(example)} or more, shorten the row, or choose data.overlong=drop "

@@ -7,12 +7,13 @@ not the end of the turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RenderError
-from ..messages import Message
-from .base import Renderer
+from ..messages import Message, write_calls
+from .base import Renderer, Tools
+from .tools import describe_tools, tools_as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ class TemplateRenderer(Renderer):
         """
         self._tokenizer = tokenizer
         self._template = _template_of(tokenizer)
+        self._knows_tools = "tools" in self._template
         control = self._control_strings()
         self._control_pattern = _any_of(control)
         self._escaped = [*control, _OPEN, _CLOSE]
@@ -54,15 +56,26 @@ class TemplateRenderer(Renderer):
     def template(self) -> str:
         return self._template
 
-    def render_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        if not messages or messages[-1].role != "user":
-            raise RenderError("A prompt must end with a message of the user.")
+    def render_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[int, ...]:
+        if not messages or messages[-1].role not in ("user", "tool"):
+            raise RenderError("A prompt must end with a message of the user, or with what a tool gave back.")
         if self._template:
-            return tuple(self._encode_templated(self._apply_template(messages, prompt=True)))
-        return (*self._opening_ids(), *self._encode(self._cut(self._plain_text(messages)), opening=True))
+            return tuple(self._encode_templated(self._apply_template(messages, tools, prompt=True)))
+        return (*self._opening_ids(), *self._encode(self._cut(self._plain_text(messages, tools)), opening=True))
 
     def render_answer(self, answer: str) -> tuple[int, ...]:
         return (*self._encode(self._cut(answer)), *self._end_ids)
+
+    def render_reply(self, messages: Sequence[Message], reply: Message, tools: Tools = ()) -> tuple[int, ...]:
+        """As the template writes a reply with tool calls; as `write_calls` does where the template knows none."""
+        if reply.calls and self._knows_tools:
+            prompt = self._apply_template(messages, tools, prompt=True)
+            whole = self._apply_template([*messages, reply], tools, prompt=False)
+            if whole.startswith(prompt):
+                ids = self._encode_templated(whole[len(prompt) :], opening=False)
+                if self._end_ids[-1] in ids:
+                    return tuple(ids[: ids.index(self._end_ids[-1]) + 1])
+        return self.render_answer(write_calls(reply.text, reply.calls) if reply.calls else reply.text)
 
     def read_answer(self, token_ids: Sequence[int]) -> str:
         kept = list(token_ids)
@@ -86,25 +99,49 @@ class TemplateRenderer(Renderer):
 
     # ---- text -------------------------------------------------------------------------------------------------
 
-    def _plain_text(self, messages: Sequence[Message]) -> str:
+    def _plain_text(self, messages: Sequence[Message], tools: Tools) -> str:
         """The prompt of a base model: one message is its own text; a conversation is told turn by turn."""
+        messages = tools_as_text(messages, tools)
         if len(messages) == 1:
             return messages[0].text
-        names = {"system": "System", "user": "User", "assistant": "Assistant"}
+        names = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
         turns = [f"{names[message.role]}: {message.text}" for message in messages]
         return "\n\n".join([*turns, "Assistant: "])
 
-    def _apply_template(self, messages: Sequence[Message], *, prompt: bool) -> str:
+    def _apply_template(self, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> str:
         """The templated text, control strings inside message texts replaced by numbered marks."""
-        escaped = [{"role": m.role, "content": self._escape(m.text)} for m in messages]
+        if not self._knows_tools:
+            messages, tools = tools_as_text(messages, tools), ()
         try:
             text = self._tokenizer.apply_chat_template(
-                escaped, tokenize=False, add_generation_prompt=prompt, enable_thinking=False
+                [self._as_dict(message) for message in messages],
+                tools=self._escape_all(describe_tools(tools)) if tools else None,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                enable_thinking=False,
             )
         except Exception as error:  # noqa: BLE001 - a template raises jinja's errors for roles or orders it does not know
             roles = ", ".join(message.role for message in messages)
             raise RenderError(f"The model's chat template refuses a conversation of {roles}: {error}.") from None
         return str(text)
+
+    def _as_dict(self, message: Message) -> dict[str, Any]:
+        """The message in the shape that chat templates read."""
+        turn: dict[str, Any] = {"role": message.role, "content": self._escape(message.text)}
+        if message.calls:
+            turn["tool_calls"] = [
+                {"type": "function", "function": self._escape_all({"name": c.name, "arguments": c.arguments})}
+                for c in message.calls
+            ]
+        return turn
+
+    def _escape_all(self, value: Any) -> Any:
+        """`value` with every text inside it escaped."""
+        if isinstance(value, str):
+            return self._escape(value)
+        if isinstance(value, Mapping):
+            return {self._escape(key): self._escape_all(item) for key, item in value.items()}
+        return [self._escape_all(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _escape(self, text: str) -> str:
         """`text` with a numbered mark in the place of every control string, and of the characters that make a mark."""
@@ -134,7 +171,7 @@ class TemplateRenderer(Renderer):
             return self._decode(token_ids)
         return self._decode([*self._anchor_ids, *token_ids]).removeprefix(self._decode(self._anchor_ids))
 
-    def _encode_templated(self, text: str) -> list[int]:
+    def _encode_templated(self, text: str, *, opening: bool = True) -> list[int]:
         """Ids of templated text, whose control strings are meant and whose numbered marks are plain text.
 
         The text is cut only where a mark stands, so everything else is tokenised exactly as the tokenizer would.
@@ -142,7 +179,7 @@ class TemplateRenderer(Renderer):
         pieces: list[str] = []
         for place, part in enumerate(_MARK.split(text)):
             pieces += self._cut(self._escaped[int(part)]) if place % 2 else [part]
-        return self._encode(pieces, opening=True)
+        return self._encode(pieces, opening=opening)
 
     def _cut(self, text: str) -> list[str]:
         """Plain text in pieces none of which holds a whole control string: each is cut behind its first character."""
@@ -206,7 +243,7 @@ class TemplateRenderer(Renderer):
         """The tokens that end an answer: what the template writes after it up to its first control token, else eos."""
         if self._template:
             text = self._apply_template(
-                [Message(role="user", text="?"), Message(role="assistant", text=_ANSWER_MARK)], prompt=False
+                [Message(role="user", text="?"), Message(role="assistant", text=_ANSWER_MARK)], (), prompt=False
             )
             after = self._encode([text.partition(_ANSWER_MARK)[2]])
             special = set(self._tokenizer.all_special_ids)
