@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, final
 
 Kind = Literal["phone", "landline", "email", "id_card", "bank_card", "qq", "wechat", "password", "account", "plate"]
 """What a piece of personal data is."""
@@ -38,7 +38,41 @@ class PersonalData:
     """False where only the shape speaks for it: an identity number with a wrong check digit, a bare landline number."""
 
 
-def find_personal_data(text: str, *, kinds: Collection[Kind] = USUAL_KINDS) -> tuple[PersonalData, ...]:
+@final
+@dataclass(frozen=True, slots=True)
+class KnownData:
+    """Personal data that was announced somewhere in a chat, and so is found again where nothing announces it.
+
+    After "密码是abc123" in one message, a later "abc123对吧" holds a password too. Kept are values of at least five
+    characters with a digit in them: a password that is a plain word would be found in every sentence with that word.
+    """
+
+    kinds: Mapping[str, Kind]
+    pattern: re.Pattern[str]
+
+    @classmethod
+    def collect(cls, texts: Iterable[str], *, kinds: Collection[Kind] = USUAL_KINDS) -> KnownData | None:
+        """What `texts` announce; None when that is nothing."""
+        known: dict[str, Kind] = {}
+        for text in texts:
+            for piece in find_personal_data(text, kinds=kinds):
+                value = _fold(text[piece.start : piece.end]).text
+                if len(value) >= 5 and re.search(r"[0-9]", value):
+                    known.setdefault(value, piece.kind)
+        if not known:
+            return None
+        values = "|".join(re.escape(value) for value in sorted(known, key=len, reverse=True))
+        return cls(known, re.compile(rf"(?<![A-Za-z0-9])(?:{values})(?![A-Za-z0-9])"))
+
+    def find(self, folded: str) -> Iterator[PersonalData]:
+        """Each place in the folded text where a known value stands."""
+        for match in self.pattern.finditer(folded):
+            yield PersonalData(kind=self.kinds[match[0]], start=match.start(), end=match.end())
+
+
+def find_personal_data(
+    text: str, *, kinds: Collection[Kind] = USUAL_KINDS, known: KnownData | None = None
+) -> tuple[PersonalData, ...]:
     """Every piece of personal data in `text`, in order, none overlapping another.
 
         "邮箱abc@qq.com"              email       "abc@qq.com"
@@ -52,6 +86,8 @@ def find_personal_data(text: str, *, kinds: Collection[Kind] = USUAL_KINDS) -> t
         return ()
     folded = _fold(text)
     found = [piece for kind in _hinted_kinds(folded.text) if kind in kinds for piece in _FINDERS[kind](folded.text)]
+    if known is not None:
+        found += known.find(folded.text)
     found.sort(key=lambda piece: (piece.start, -piece.end))  # stable: for equal spans the order of KINDS decides
     joined: list[PersonalData] = []
     for piece in found:
@@ -83,6 +119,11 @@ def normalise_personal_data(text: str) -> str:
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufe0f\u20e3\ufeff]")
 _SPOKEN_DIGITS = re.compile("[零〇一二三四五六七八九幺]{11,}")
 _SPOKEN = str.maketrans("零〇一二三四五六七八九幺", "001234567891")
+
+
+def fold_text(text: str) -> str:
+    """`text` in one spelling: no invisible characters, digits, Latin letters, dashes and blanks as in ASCII."""
+    return _fold(text).text
 
 
 class _Folding(dict[int, int]):
@@ -201,14 +242,14 @@ _PASSWORD_WORD = (
 )
 _PASSWORD = re.compile(
     rf"(?:{_PASSWORD_WORD}(?:{_COLON}|[ \t]{{0,4}}(?:就是|是|为|改成|改为|设成|设为|换成)[ \t]{{0,4}})"
-    rf"|(?<![A-Za-z])[Pp]ass(?![A-Za-z])[ \t]{{0,4}}[:=][ \t]{{0,4}})(?P<value>[!-~]{{4,64}})"
-    rf"|{_PASSWORD_WORD}{_IS}(?P<bare>{_HAS_DIGIT}[!-~]{{4,64}})"
+    rf"|(?<![A-Za-z])[Pp]ass(?![A-Za-z])[ \t]{{0,4}}[:=][ \t]{{0,4}})(?P<value>[!-~]{{4,}})"
+    rf"|{_PASSWORD_WORD}{_IS}(?P<bare>{_HAS_DIGIT}[!-~]{{4,}})"
 )
 _ACCOUNT_WORD = (
     r"(?:账号|帐号|账户|帐户|用户名|登录名|卡号|学号|工号|社保号|护照号?码?|支付宝"
     r"|(?<![A-Za-z])(?:[Aa]ccount|[Uu]ser[ ]?name|[Ll]ogin|[Pp]assport)(?![A-Za-z]))"
 )
-_ACCOUNT_NAME = r"[A-Za-z0-9][A-Za-z0-9._@\-]{2,62}[A-Za-z0-9]"
+_ACCOUNT_NAME = r"[A-Za-z0-9][A-Za-z0-9._@\-]{2,}[A-Za-z0-9]"
 _ACCOUNT = re.compile(
     rf"{_ACCOUNT_WORD}{_COLON}(?P<value>{_ACCOUNT_NAME})"
     rf"|{_ACCOUNT_WORD}{_IS}(?P<bare>(?=[A-Za-z._@\-]{{0,63}}[0-9]){_ACCOUNT_NAME})"
