@@ -100,11 +100,10 @@ def test_a_missing_file_is_named_with_its_nearest_neighbour(verb: str) -> None:
 
 
 @VERBS
-def test_a_folder_in_place_of_a_file_is_named_with_the_files_in_it(verb: str, work: Path) -> None:
+def test_a_bad_row_in_a_folder_is_named_with_its_file_and_line(verb: str, work: Path) -> None:
     (work / "data").mkdir()
     (work / "data" / "a.jsonl").write_text("{}", encoding="utf-8")
-    sentences = refuse(verb, "recipe.yaml", "data.train=data")
-    assert "data is a folder. Give one of its files: data/a.jsonl." in sentences
+    assert "data/a.jsonl:1: row: has no keys" in refuse(verb, "recipe.yaml", "data.train=data")
 
 
 @VERBS
@@ -190,7 +189,7 @@ def test_a_list_as_target_is_learnt_in_the_form_of_the_other_rows() -> None:
     change_row(13, lambda row: row.update(target=json.loads(fenced.strip("`").removeprefix("json"))))
     result = run_cli("check", "recipe.yaml")
     assert result.exit_code == 0, result.stderr
-    dataset = load_dataset(load_recipe("recipe.yaml", ["data.heldout=0"]))
+    dataset = load_dataset(load_recipe("recipe.yaml", ["data.held_out=0"]))
     assert isinstance(dataset.train[12].target, list)
     assert dataset.train_tasks[12].write_target(dataset.train[12]) == fenced
 
@@ -199,7 +198,7 @@ def test_objects_as_targets_are_learnt_with_their_keys_in_one_order() -> None:
     answers = [{"a": i, "b": "x"} if i % 5 else {"b": "y", "a": i} for i in range(20)]
     rows = [{"context": f"Instruction: I\nInput: Q\n\n{i}\nAnswer: ", "target": a} for i, a in enumerate(answers)]
     write_rows([json.dumps(row) + "\n" for row in rows])
-    result = run_cli("show", "recipe.yaml", "data.heldout=0", "-n", 1)
+    result = run_cli("show", "recipe.yaml", "data.held_out=0", "-n", 1)
     assert result.exit_code == 0, result.stderr
     assert '{"a": 0, "b": "y"}' in result.stdout
 
@@ -209,7 +208,7 @@ def test_two_answers_to_one_input_contradict_each_other(verb: str) -> None:
     lines = read_rows()
     row = json.loads(lines[0])
     write_rows([*lines, json.dumps({**row, "target": '["科技"]'}, ensure_ascii=False) + "\n"])
-    sentences = refuse(verb, "recipe.yaml", "data.heldout=0")
+    sentences = refuse(verb, "recipe.yaml", "data.held_out=0")
     assert (
         """rows.jsonl:25: target: '["科技"]' answers the input of rows.jsonl:1, which is answered '["体育"]' there. """
         "Fix: Keep the right one of the two rows."

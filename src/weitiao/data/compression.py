@@ -16,6 +16,7 @@ from weitiao.errors import DataError
 
 _GZIP, _ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _CHUNK_BYTES = 1 << 17
+_PACKED_BYTES = 1 << 13  # what a frame's decompressor is fed at once: it has no limit on what it gives back
 
 
 @contextmanager
@@ -68,7 +69,7 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._plain:
-            packed = self._packed or self._file.read(_CHUNK_BYTES)
+            packed = self._packed or self._file.read(_PACKED_BYTES)
             self._packed = b""
             if not packed:
                 if self._frame is not None:

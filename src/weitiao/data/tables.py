@@ -185,7 +185,10 @@ def _plain(value: object, place: str, source: str, problems: list[Problem]) -> A
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, dict):
-        return {str(key): _plain(item, f"{place}.{key}", source, problems) for key, item in value.items()}
+        # Arrow gives every object the keys of all rows; where a format reads the object, null stands for "not there".
+        absent = place.partition(".")[0].partition("[")[0] in STRUCTURED
+        inside = {str(key): item for key, item in value.items() if item is not None or not absent}
+        return {key: _plain(item, f"{place}.{key}", source, problems) for key, item in inside.items()}
     if isinstance(value, list):
         if value and all(isinstance(item, tuple) and len(item) == 2 for item in value):  # Arrow's map type
             return {str(key): _plain(item, f"{place}.{key}", source, problems) for key, item in value}
