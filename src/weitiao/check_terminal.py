@@ -43,7 +43,7 @@ def print_checkup(checkup: Checkup, console: Console) -> None:
             print_finding(finding, console)
     console.print()
     console.print(verdict(checkup))
-    console.print(_line(f"Next: {checkup.next_command}"))
+    console.print(_line(f"{'Next' if checkup.ok else 'Mend the errors, then'}: {checkup.next_command}"))
 
 
 def print_finding(finding: Finding, console: Console) -> None:
@@ -55,7 +55,7 @@ def print_finding(finding: Finding, console: Console) -> None:
     shown = SHOWN_ROWS[finding.grade]
     if finding.details:
         for source, detail in list(zip(finding.sources, finding.details, strict=True))[:shown]:
-            console.print(_line(f"  {source}: {shorten(visible(detail), 400)}"))
+            console.print(_line(f"  {source}: {shorten(visible(detail), 1200)}"))
     elif finding.sources:
         console.print(_line("  " + ", ".join(finding.sources[:shown])))
     more = len(finding.sources) - shown

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from ..errors import Problem
 from .findings import Edit, Finding, by_grade, count_of
 from .lengths import LengthCount, Lengths
+from .placeholders import may_hold_placeholders
 from .privacy import find_personal_data
 from .record import Record
 from .repeats import RepeatWatch, Side
@@ -97,8 +98,8 @@ class _RowWatch:
         self.personal: Counter[str] = Counter()
         self._sources: list[str] = []
         self._personal: dict[str, str] = {}
-        self._left_out: defaultdict[str, list[str]] = defaultdict(list)
-        self._unused: defaultdict[str, list[str]] = defaultdict(list)
+        self._left_out: dict[str, str] = {}
+        self._unused: dict[str, list[str]] = {}
         self._task_rows: Counter[str] = Counter()
         self._without_text: defaultdict[str, list[str]] = defaultdict(list)
         self._not_nfc: dict[str, list[str]] = {}
@@ -115,9 +116,10 @@ class _RowWatch:
             self.personal += kinds
             self._personal[record.source] = ", ".join(f"{number} {_spelt(kind)}" for kind, number in kinds.items())
         if record.left_out:
-            self._left_out[record.left_out].append(record.source)
-        for key in unused_keys(record, texts):
-            self._unused[key].append(record.source)
+            self._left_out[record.source] = record.left_out
+        unused = unused_keys(record, texts)
+        if unused:
+            self._unused[record.source] = unused
         self._task_rows[task] += 1
         if record.text_span is not None and not record.text.strip():
             self._without_text[task].append(record.source)
@@ -141,14 +143,16 @@ class _RowWatch:
                 count=len(self._personal),
                 fix="Replace it by placeholders unless the people concerned agreed to its use.",
             )
-        for phrase, places in self._left_out.items():
+        if self._left_out:
+            phrases = ", ".join(f"{phrase} ({count:,})" for phrase, count in Counter(self._left_out.values()).items())
             yield Finding(
                 code="left-out",
                 grade="note",
-                title=f"{count_of(len(places), 'row')} of which a part is not used: {phrase}",
+                title=f"{count_of(len(self._left_out), 'row')} of which a part is not used: {phrases}",
                 message="The rest of the row is learnt as usual.",
-                sources=tuple(places),
-                count=len(places),
+                sources=tuple(self._left_out),
+                details=tuple(self._left_out.values()),
+                count=len(self._left_out),
                 fix="Complete the rows if that part matters.",
             )
         if self._not_nfc:
@@ -167,15 +171,18 @@ class _RowWatch:
                     for old in decomposed
                 ),
             )
-        for key, places in self._unused.items():
+        if self._unused:
+            keys = Counter(key for found in self._unused.values() for key in found)
+            told = ", ".join(f"{key} ({count:,})" for key, count in keys.most_common())
             yield Finding(
                 code="unused-key",
                 grade="note",
-                title=f"{count_of(len(places), 'row')} with a key that nothing uses: {key}",
-                message="It is kept in the row and echoed in predictions, but the model never sees it.",
-                sources=tuple(places),
-                count=len(places),
-                fix="Nothing, if that is meant; otherwise put its text into the prompt.",
+                title=f"{count_of(len(self._unused), 'row')} with keys that nothing uses: {told}",
+                message="They are kept in the row and echoed in predictions, but the model never sees them.",
+                sources=tuple(self._unused),
+                details=tuple(", ".join(found) for found in self._unused.values()),
+                count=len(self._unused),
+                fix="Nothing, if that is meant; otherwise put their texts into the prompt.",
             )
 
     def _overlong(self) -> Iterator[Finding]:
@@ -227,7 +234,8 @@ def unused_keys(record: Record, texts: list[str]) -> list[str]:
 
 def _is_used(value: object, everything: str, record: Record) -> bool:
     if isinstance(value, str):
-        return value.strip() in everything or value in record.says
+        filled = may_hold_placeholders(value)  # the conversation holds what the placeholders stand for
+        return filled or value.strip() in everything or value in record.says
     if isinstance(value, dict):
         return not value or any(_is_used(inner, everything, record) for inner in (*value, *value.values()))
     if isinstance(value, list):

@@ -184,8 +184,8 @@ class RepeatWatch:
 
     def _likeness(self, similarity: float, other: int, row: int) -> str:
         differs = self._targets[other] != self._targets[row] and not self._free[row]
-        share = f"{min(similarity, 0.99):.0%}" if similarity < 1 else "Spacing, case and width aside wholly"
-        return f"{share} like {self._sources[other]}{', but answered differently' if differs else ''}."
+        share = f"{similarity:.0%} like" if similarity < 0.995 else "Almost the same as"
+        return f"{share} {self._sources[other]}{', but answered differently' if differs else ''}."
 
     def _places(self, pairs: list[tuple[int, int]]) -> tuple[str, ...]:
         return tuple(self._sources[row] for row, _ in pairs)

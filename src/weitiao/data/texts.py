@@ -105,6 +105,8 @@ _AS_LATIN = re.compile(  # "你" often comes as "ä½ ", its last byte, a no-bre
 _REAL = re.compile(
     r"[\u00a0-\u024f\u0370-\u052f\u2010-\u2027\u20a0-\u20bf\u2122\u3000-\u9fff\uff00-\uffef\U0001f300-\U0001faff]+"
 )
+_LONG_UTF8 = re.compile(rb"(?:[\xe3-\xe9\xef][\x80-\xbf]{2}){4,}")
+"""Four characters in a row are not there by chance: about one in a hundred places of sound Chinese looks like one."""
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
 _HANZI = re.compile(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uff5e]")
 _LOST = re.compile(r"\ufffd+|(?:锟斤拷?)+|[锟烫屯]{3,}")
@@ -181,6 +183,19 @@ def _read_as_gbk(text: str) -> Iterator[Fault]:
         good, bad = len(_HANZI.findall(read)), read.count("\ufffd")
         if good >= 2 and bad * 3 <= good and good * 3 >= len(data) * 0.6:
             yield Fault("mojibake", piece, read if not bad else None)
+        elif len(data) == 2 * len(piece):
+            yield from _read_parts_as_gbk(piece, data)
+
+
+def _read_parts_as_gbk(text: str, data: bytes) -> Iterator[Fault]:
+    """Garbled stretches within a text that is otherwise sound; `data` is the text in two bytes a character."""
+    for match in _LONG_UTF8.finditer(data):
+        start, end = match.span()
+        if "\ufffd" in match.group().decode("utf-8"):
+            continue
+        whole = start % 2 == end % 2 == 0  # else a byte was lost on the way
+        piece = text[start // 2 : (end + 1) // 2]
+        yield Fault("mojibake", piece, match.group().decode("utf-8") if whole else None)
 
 
 # --- All rows --------------------------------------------------------------------------------------------------------

@@ -249,15 +249,14 @@ class AnswerWatch:
     def _balance(self) -> Iterator[Finding]:
         for (task, key), _ in self._labels.items():
             counts = self._label_counts(task, key)
-            what = f"{key} of {task}" if key else f"label of {task}"
-            things = f"values of {key} in {task}" if key else f"labels of {task}"
+            what, things = (f"{key}", f"values of {key}") if key else ("label", "labels")
             unseen = [one for one in counts if not one.train]
             num_train = self._rows[task, "train"]
             if unseen and num_train:
                 yield Finding(
                     code="dev-only-label",
                     grade="warning",
-                    title=f"{count_of(len(unseen), what, things)} only dev rows have: "
+                    title=f"{count_of(len(unseen), what, things)} of the task {task} that only dev rows have: "
                     + ", ".join(one.label for one in unseen[:10]),
                     message="What no train row shows is not learnt; the dev rows count as any other in the score.",
                     count=len(unseen),
@@ -269,7 +268,7 @@ class AnswerWatch:
                 yield Finding(
                     code="rare-label",
                     grade="note",
-                    title=f"{len(rare):,} of {len(counts):,} {things} have fewer than {RARE} train answers",
+                    title=f"{len(rare):,} of {len(counts):,} {things} of the task {task} are rarer than {RARE}",
                     message=f"Hardly learnt, and their scores are chance: {names}{' …' if len(rare) > 10 else ''}.",
                     count=len(rare),
                     fix="Label more rows with them, or join them with others.",

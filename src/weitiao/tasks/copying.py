@@ -42,10 +42,9 @@ def nearest_piece(value: str, text: str) -> Piece | None:
     scored = _similar_pieces(value, text) if len(value) <= _LONGEST else []
     if not scored or scored[0][0] < _LEAST_LIKENESS:
         return None
-    likeness, piece = scored[0]
-    rivals = [other for like, other in scored[1:] if like == likeness and len(other) == len(piece)]
-    one_slip = len(value) == len(piece) and num_edits(piece, value) == 1
-    return Piece(piece, certain=one_slip and len(value) >= _SURE_LENGTH and not rivals)
+    piece = scored[0][1]
+    one_slip = [other for _, other in scored if num_edits(other, value) == 1]
+    return Piece(piece, certain=one_slip == [piece] and len(value) >= _SURE_LENGTH)
 
 
 def _pieces_spelt_otherwise(value: str, text: str) -> list[str]:
