@@ -611,3 +611,35 @@ def test_the_shared_identities_are_refused_until_their_placeholders_are_filled()
     assert sum("小微" in str(record.target) for record in filled) == 77
     assert all("{{" not in str(record.target) for record in filled)
     assert any("{{name}}" in record.raw["output"] for record in filled)
+
+
+# --- What must not be taken in silence -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "field"),
+    [
+        ("text_category_output", {"category": [None]}, "category"),
+        ("text_category_output", {"category": 3}, "category"),
+        ("text_label", {"label": [None]}, "label"),
+        ("text_label", {"label": {"a": 1}}, "label"),
+        ("text_entities", {"entities": [{"text": "苏轼", "labels": [None]}]}, "entities[0].labels"),
+        ("spo_list", {"spo_list": [TRIPLE | {"object": {"@value": None}}]}, "spo_list[0].object"),
+        ("doccano_entities", {"relations": 0}, "relations"),
+        ("doccano_relations", {"relations": None}, "relations"),
+        ("label_studio", {"annotations": [{}]}, "annotations[0].result"),
+        ("sharegpt", {"system": 0}, "system"),
+        ("sharegpt", {"tools": [WEATHER | {"parameters": "x"}]}, "tools[0].parameters"),
+        ("sharegpt", {"tools": [WEATHER | {"description": 7}]}, "tools[0].description"),
+        ("turn_pairs", {"conversation": [{"system": False, "input": "U", "output": "A"}]}, "conversation[0].system"),
+        ("conversations", {"conversations": [says("user", "U"), says("assistant", "A", metadata=7)]},
+         "conversations[1].metadata"),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "U"}, {"from": "gpt", "value": "A"},
+                                        {"from": "observation"}, {"from": "gpt", "value": "A"}]},
+         "conversations[2].value"),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_kind_is_reported_where_it_could_have_been_passed_over(
+    name: str, change: dict[str, Any], field: str
+) -> None:
+    assert field in [problem.field for problem in problems(ROWS[name] | change, format=name)]

@@ -76,7 +76,7 @@ def doccano_entities_to_record(
     findings = RowFindings(source)
     text = read_text(row, "text", "text", findings)
     spans = list(_read_doccano_spans(row, text, findings).values())
-    if row.get("relations"):
+    if row.get("relations") not in (None, []):
         fix = "Name the format doccano_relations, or remove the relations."
         findings.add("relations", "stand in the row, but it is read as doccano_entities.", fix)
     target = write_entities(spans) if _has_list(row, "entities", findings, require_target=require_target) else None
@@ -121,6 +121,9 @@ def text_label_to_record(
     findings = RowFindings(source)
     read_text(row, "text", "text", findings)
     target = read_target(row, "label", "label", findings, require_target=require_target)
+    labels = target if isinstance(target, list) else []
+    if isinstance(target, dict) or not all(isinstance(label, str) and label.strip() for label in labels):
+        findings.add("label", f"is {shown(target)}, not a label or a list of labels.", "Write texts.")
     return _answer(row, source, options, findings, template=LABELS, target=target)
 
 
@@ -192,9 +195,8 @@ def _read_labels(entity: Row, place: str, findings: RowFindings) -> list[str]:
     for key in ("entity_names", "labels"):
         names = entity.get(key)
         if isinstance(names, list) and names and entity.get("entity_label") is None:
-            wrong = next((name for name in names if not isinstance(name, str) or not name.strip()), None)
-            if wrong is not None:
-                findings.add(f"{place}.{key}", f"holds {shown(wrong)}, which is no name.", "Write names as texts.")
+            if not all(isinstance(name, str) and name.strip() for name in names):
+                findings.add(f"{place}.{key}", f"is {shown(names)}, not a list of names.", "Write names as texts.")
                 return []
             return names[:1] if key == "entity_names" else names
     keys = ("entity_label", "label", "type", "entity_type", "entity_names", "labels")
@@ -254,12 +256,12 @@ def _read_slots(spo: Row, key: str, place: str, findings: RowFindings) -> dict[s
     value = spo.get(key)
     if not isinstance(value, dict):
         return {"@value": read_name(spo, (key,), place, findings)}
-    if not value:
-        findings.add(f"{place}.{key}", "is an empty object.", 'Write a text, or {"@value": "…"}.')
     slots = {}
     for slot, text in value.items():
         if isinstance(text, str) and text.strip():
             slots[slot] = text
         elif text not in (None, ""):
             findings.add(f"{place}.{key}.{slot}", f"is {kind_of(text)}, not text.", "Write it as a string.")
+    if not slots:
+        findings.add(f"{place}.{key}", "is an object without a text in it.", 'Write a text, or {"@value": "…"}.')
     return slots

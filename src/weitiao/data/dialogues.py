@@ -119,7 +119,7 @@ def _add_question_or_system(conversation: Turns, entry: Row, place: str, role: R
             findings.add(f"{place}.{key}", f"is set on the {role}'s turn, but only replies can be learnt.", fix)
     if role == "system" and entry.get("tools") is not None:
         conversation.offer_tools(entry["tools"], f"{place}.tools")
-        if not entry.get("content"):  # the message only brings the tools
+        if _is_absent(entry.get("content")):  # the message only brings the tools
             return
     conversation.add(Turn(place=place, role=role, text=_read_content(entry, place, findings)))
 
@@ -130,6 +130,11 @@ def _read_content(entry: Row, place: str, findings: RowFindings) -> str:
     if _is_parts(content):
         return "".join(part["text"] for part in content or ())
     return read_text(entry, "content", f"{place}.content", findings)
+
+
+def _is_absent(value: object) -> bool:
+    """Whether a text that a turn may lack is not there: null, or blank."""
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _is_parts(content: object) -> bool:
@@ -153,13 +158,15 @@ def _add_reply(conversation: Turns, entry: Row, place: str, *, may_lack_text: bo
         findings.add(f"{place}.reasoning_content", "cannot be learnt from yet.", fix)
     learn = _read_learn(entry, place, findings)
     content, metadata = entry.get("content"), entry.get("metadata")
-    if isinstance(metadata, str) and metadata.strip() and isinstance(content, str):
-        calls = read_chatglm3_call(metadata.strip(), content, f"{place}.content", findings)
+    if not _is_absent(metadata):
+        name = read_text(entry, "metadata", f"{place}.metadata", findings).strip()
+        code = read_text(entry, "content", f"{place}.content", findings)
+        calls = read_chatglm3_call(name, code, f"{place}.content", findings) if name and code else ()
         conversation.add_calls(calls, place=place, learn=learn)
         return
     calls = _read_openai_calls(entry, place, findings)
     turn = Turn(place=place, role="assistant", text="", calls=calls, learn=learn is not False)
-    if content is None or (isinstance(content, str) and not content.strip()):
+    if _is_absent(content):
         if may_lack_text and not calls:
             return  # a place kept free for the answer
         turn.text = "" if calls else read_text(entry, "content", f"{place}.content", findings)
@@ -266,7 +273,7 @@ def sharegpt_to_record(row: Row, source: str, options: ReadOptions, *, require_t
     findings = conversation.findings
     conversation.offer_tools(row.get("tools"), "tools")
     entries = _read_entries(row, "conversations", '{"from": …, "value": …}', findings)
-    if row.get("system"):
+    if not _is_absent(row.get("system")):
         conversation.add(Turn(place="system", role="system", text=read_text(row, "system", "system", findings)))
     for index, entry in enumerate(entries):
         place = f"conversations[{index}]"
@@ -281,6 +288,9 @@ def sharegpt_to_record(row: Row, source: str, options: ReadOptions, *, require_t
             calls = read_calls_in_text(text, f"{place}.value", findings) if text else ()
             conversation.add_calls(calls, place=place, learn=None)
         elif speaker == "tool":
+            if "value" not in entry:
+                fix = "Add what the tool gave back; an empty text where nothing."
+                findings.add(f"{place}.value", "is missing.", did_you_mean("value", entry) or fix)
             conversation.add(Turn(place=place, role="tool", text=read_plain(value, f"{place}.value", findings)))
         elif speaker == "assistant" and isinstance(value, list | dict):
             conversation.add(Turn(place=place, role="assistant", text="", answer=value))
@@ -327,7 +337,7 @@ def turn_pairs_to_record(
         if not isinstance(entry, dict):
             findings.add(place, f"is {kind_of(entry)}, not an object.", 'Write {"input": "…", "output": "…"}.')
             continue
-        if entry.get("system") and entry["system"] != system:
+        if not _is_absent(entry.get("system")) and entry["system"] != system:
             if index == 0:
                 system = read_text(entry, "system", f"{place}.system", findings)
                 conversation.add(Turn(place=f"{place}.system", role="system", text=system))

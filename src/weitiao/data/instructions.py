@@ -28,6 +28,7 @@ from weitiao.data.record import (
     read_target,
     read_task,
     read_text,
+    shown,
 )
 from weitiao.errors import Problem
 from weitiao.messages import Message
@@ -208,11 +209,8 @@ def text_category_output_to_record(
     findings = RowFindings(source)
     target = read_target(row, "output", "output", findings, require_target=require_target)
     read_text(row, "text", "text", findings)
-    category = row.get("category")
-    if options.prompt is None and category in (None, "", []):
-        findings.add(
-            "category", "is missing or empty.", "List the classes to choose from, or give a prompt without it."
-        )
+    if options.prompt is None or "{category}" in options.prompt:
+        _check_category(row.get("category"), findings)
     return answer_record(
         row,
         source,
@@ -222,6 +220,17 @@ def text_category_output_to_record(
         target=target,
         findings=findings,
     )
+
+
+def _check_category(category: object, findings: RowFindings) -> None:
+    if category in (None, "", []):
+        findings.add(
+            "category", "is missing or empty.", "List the classes to choose from, or give a prompt without it."
+        )
+        return
+    names = category if isinstance(category, list) else [category]
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        findings.add("category", f"is {shown(category)}, not the classes' names.", "Write a text or a list of texts.")
 
 
 # --- Fields that may be absent ---------------------------------------------------------------------------------------

@@ -74,6 +74,8 @@ def _read_annotation(annotation: Row, place: str, text: str, findings: RowFindin
     relations: list[tuple[str, Row]] = []
     choices: dict[str, list[str]] = {}
     written: list[str] = []
+    if annotation.get("result") is None:
+        findings.add(f"{place}.result", "is missing.", "Export the task with its results; an empty list for none.")
     for where, result in read_objects(annotation, "result", findings):
         here = f"{place}.{where}"
         kind, value = result.get("type"), result.get("value")

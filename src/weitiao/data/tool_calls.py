@@ -48,6 +48,11 @@ def _read_tool(entry: object, place: str, findings: RowFindings) -> Mapping[str,
         kind = entry.get("type")
         seen = f"is a tool of type {shown(kind)}" if kind not in (None, "function") else "has no name"
         findings.add(place, f"{seen}; only functions with a name are understood.", fix)
+    elif not isinstance(entry.get("parameters"), dict | None):
+        seen = kind_of(entry["parameters"])
+        findings.add(f"{place}.parameters", f"is {seen}, not a JSON Schema.", 'Write {"type": "object", …}.')
+    elif not isinstance(entry.get("description"), str | None):
+        findings.add(f"{place}.description", f"is {kind_of(entry['description'])}, not text.", "Write it as a string.")
     else:
         return entry
     return None
