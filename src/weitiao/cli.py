@@ -249,6 +249,77 @@ def predict(
     out.print(f"{count} answers in {output}, {valid} of them ({valid / count:.1%}) in the labelled form.")
 
 
+@app.command("import-chats")
+def import_chats(
+    exports: Annotated[
+        list[Path], typer.Argument(help="Chats as MemoTrace exports them: folders, or .csv, .txt and .json files.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder for the conversations.")] = Path("chats"),
+    assistant: Annotated[str, typer.Option(help="Who is the assistant: me or contact.")] = "me",
+    me: Annotated[list[str] | None, typer.Option(help="Your name in the chats; the first is the prompt's.")] = None,
+    contact: Annotated[list[str] | None, typer.Option(help="Take this chat only; again for more.")] = None,
+    member: Annotated[str | None, typer.Option(help="The member of a group who is the assistant there.")] = None,
+    members: Annotated[str | None, typer.Option(help="All names, A,B,C, for AI-TXT exports that need them.")] = None,
+    group_names: Annotated[bool, typer.Option(help="Write the others' names before what they say in groups.")] = True,
+    gap: Annotated[float, typer.Option(help="Minutes of silence that end a conversation.")] = 60.0,
+    join: Annotated[str, typer.Option(help="What stands between merged messages; \\n is a line end.")] = "\\n",
+    min_turns: Annotated[int, typer.Option(help="Shorter conversations are dropped.")] = 2,
+    max_turns: Annotated[int, typer.Option(help="Longer conversations go on in another one; 0: never.")] = 40,
+    system: Annotated[
+        str | None, typer.Option(help='The system prompt, with {{name}} and {{remark}}; "" for none.')
+    ] = None,
+    map_kind: Annotated[
+        list[str] | None, typer.Option("--map", help="Write a text for a kind of message, such as sticker=[表情].")
+    ] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Drop a kind of message, such as quote.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the replies held out, the latest of each chat.")] = 0.1,
+    redact: Annotated[str, typer.Option(help="Placeholders for personal data: zh, en, or off.")] = "zh",
+    encoding: Annotated[str, typer.Option(help="Of the files: utf-8-sig or gb18030.")] = "utf-8-sig",
+    utc_offset: Annotated[float, typer.Option(help="Hours by which the exports' clock is ahead of UTC.")] = 8.0,
+    samples_assistant: Annotated[str, typer.Option(help="The assistant of JSON exports: me or contact.")] = "me",
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
+) -> None:
+    """Turn exported chats into conversations for a persona: train.jsonl, dev.jsonl, summary.json, canaries.json.
+
+    Personal data is replaced, the latest part of each chat is held out, and every message is accounted for.
+    """
+    from .data.chatlogs import import_chats as import_exports
+    from .data.chatlogs.settings import make_settings
+
+    with _reporting_errors():
+        settings = make_settings(
+            assistant=assistant,
+            me=me or (),
+            contacts=contact or (),
+            member=member,
+            members=tuple(name for name in (members or "").split(",") if name),
+            group_names=group_names,
+            gap_minutes=gap,
+            joiner=join.replace("\\n", "\n"),
+            min_turns=min_turns,
+            max_turns=max_turns,
+            system=system,
+            mapped=map_kind or (),
+            dropped=drop or (),
+            held_out=held_out,
+            redact=redact,
+            encoding=encoding,
+            utc_offset=utc_offset,
+            samples_assistant=samples_assistant,
+        )
+        summary = import_exports(exports, output, settings, overwrite=force)
+    table = Table("what", "how many", title="Messages and conversations")
+    for what, count in summary.to_rows():
+        table.add_row(what, count)
+    out.print(table, soft_wrap=False)
+    for file in summary.files:
+        if not file["kind"]:
+            out.print(f"skipped: {file['path']}: {file['note']}")
+    for note in summary.notes:
+        out.print(f"note: {note}", style="yellow")
+    out.print(f"Wrote {output}. Next: weitiao init {output}/train.jsonl --dev {output}/dev.jsonl")
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes: every key, its meaning and default; editors complete and check with it."""

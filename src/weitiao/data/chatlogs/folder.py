@@ -7,6 +7,7 @@ several of them count once. Every file that is not used is named with the reason
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -35,6 +36,7 @@ from .transcripts import is_ai_text, is_text_export, read_ai_text, read_text_exp
 
 _ENDINGS = (".csv", ".txt", ".json", ".jsonl")
 _KIND_IN_NAME = re.compile(r"(?:_utf8|_chat|_train|_dev)?(?:\s?\([0-9]+\))?$")
+_MERGED = ("train", "dev")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,7 +215,7 @@ def _read_source(source: _Source, settings: ImportSettings, contacts: dict[str, 
 def _join_chats(logs: Sequence[ChatLog], dropped: Counter[str], notes: list[str]) -> tuple[ChatLog, ...]:
     """One log for each chat; what is in it twice counts once."""
     chats: dict[str, list[ChatLog]] = {}
-    for log in logs:
+    for log in _drop_copies(logs, dropped, notes):
         chats.setdefault(log.contact, []).append(log)
     joined = []
     for contact, its in chats.items():
@@ -226,6 +228,31 @@ def _join_chats(logs: Sequence[ChatLog], dropped: Counter[str], notes: list[str]
                 notes.append(f"{where} was left out: {best!r} of the same chat says more than {log.kind!r}.")
         joined.append(_join([log for log in its if log.kind == best], contact, dropped))
     return tuple(joined)
+
+
+def _drop_copies(logs: Sequence[ChatLog], dropped: Counter[str], notes: list[str]) -> list[ChatLog]:
+    """The logs, each ready-made conversation once: train.json and dev.json are mostly others' files merged."""
+    others = [log for log in logs if log.kind != "samples"]
+    kept = list(others)
+    known: set[tuple[tuple[bool, str], ...]] = set()
+    for log in sorted((log for log in logs if log.kind == "samples"), key=lambda log: log.contact in _MERGED):
+        file = log.messages[0].source.rpartition(":")[0]
+        if log.contact in _MERGED and others:
+            dropped["in a merged file beside its chats"] += len(log.messages)
+            notes.append(f"{file} was left out: it does not say whose chats it holds, and chats lie beside it.")
+            continue
+        messages: list[ChatMessage] = []
+        for _, block in itertools.groupby(log.messages, key=lambda message: message.block):
+            turns = list(block)
+            key = tuple((message.from_me, message.text) for message in turns)
+            if key in known:
+                dropped["repeated"] += len(turns)
+            else:
+                messages += turns
+            known.add(key)
+        if messages:
+            kept.append(replace(log, messages=tuple(messages)))
+    return kept
 
 
 def _join(logs: Sequence[ChatLog], contact: str, dropped: Counter[str]) -> ChatLog:

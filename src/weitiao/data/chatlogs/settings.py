@@ -9,7 +9,7 @@ from datetime import timedelta, timezone, tzinfo
 from typing import Literal
 
 from weitiao.data.privacy import USUAL_KINDS, Kind
-from weitiao.data.redaction import CHINESE, RedactionStyle
+from weitiao.data.redaction import CHINESE, STYLES, RedactionStyle
 from weitiao.errors import DataError
 
 from .messages import MESSAGE_KINDS, MessageKind
@@ -171,3 +171,60 @@ def change_rules(mapped: Sequence[str], dropped: Sequence[str]) -> Mapping[Messa
     if wrong:
         raise DataError(" ".join([*wrong, f"The kinds are: {', '.join(MESSAGE_KINDS)}."]))
     return rules
+
+
+def make_settings(
+    *,
+    assistant: str,
+    me: Sequence[str],
+    contacts: Sequence[str],
+    member: str | None,
+    members: Sequence[str],
+    group_names: bool,
+    gap_minutes: float,
+    joiner: str,
+    min_turns: int,
+    max_turns: int,
+    system: str | None,
+    mapped: Sequence[str],
+    dropped: Sequence[str],
+    held_out: float,
+    redact: str,
+    encoding: str,
+    utc_offset: float,
+    samples_assistant: str,
+) -> ImportSettings:
+    """The settings that the words of a command line mean.
+
+    Raises:
+        DataError: for a word or value that makes no sense.
+    """
+    if redact not in (*STYLES, "off"):
+        raise DataError(f"redact is {redact!r}; choose {', '.join(STYLES)} or off.")
+    return ImportSettings(
+        assistant=_who("assistant", assistant),
+        member=member,
+        contacts=tuple(contacts),
+        me=tuple(me),
+        members=tuple(members),
+        gap_minutes=gap_minutes,
+        joiner=joiner,
+        min_turns=min_turns,
+        max_turns=max_turns,
+        group_names=group_names,
+        system=DEFAULT_SYSTEM if system is None else system,
+        rules=change_rules(mapped, dropped),
+        held_out=held_out,
+        redaction=STYLES.get(redact),
+        encoding=encoding,
+        utc_offset=utc_offset,
+        samples_assistant=_who("samples_assistant", samples_assistant),
+    )
+
+
+def _who(option: str, word: str) -> Who:
+    if word == "me":
+        return "me"
+    if word == "contact":
+        return "contact"
+    raise DataError(f"{option} is {word!r}; choose me or contact.")

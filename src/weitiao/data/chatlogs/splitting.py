@@ -27,12 +27,12 @@ class ChatSplit:
 def split_chat(conversations: Sequence[Conversation], *, held_out: float, tally: Tally) -> ChatSplit:
     """Both sides of one chat: about `held_out` of its replies, and at least one session, are held out.
 
-    A chat of a single session stays whole, on the side to learn from. Conversations that are dropped here are counted
-    in `tally`: repeated ones, and those that share messages with the held-out part.
+    A chat of a single session stays whole, on the side to learn from. Conversations that are dropped here, because they
+    share messages with the held-out part, are counted in `tally`.
     """
     if all(conversation.start is not None for conversation in conversations):
         return _split_by_time(conversations, held_out)
-    return _split_by_overlap(_drop_repeated(conversations, tally), held_out, tally)
+    return _split_by_overlap(conversations, held_out, tally)
 
 
 def _split_by_time(conversations: Sequence[Conversation], held_out: float) -> ChatSplit:
@@ -50,18 +50,6 @@ def _split_by_time(conversations: Sequence[Conversation], held_out: float) -> Ch
         train=tuple(conversation for session in in_order[:first] for conversation in session),
         dev=tuple(conversation for session in in_order[first:] for conversation in session),
     )
-
-
-def _drop_repeated(conversations: Sequence[Conversation], tally: Tally) -> list[Conversation]:
-    """The conversations without those whose turns another has exactly: they come from a merged file."""
-    kept: dict[tuple[tuple[str, str], ...], Conversation] = {}
-    for conversation in conversations:
-        key = tuple((turn.role, turn.text) for turn in conversation.turns)
-        if key in kept:
-            tally.drop(conversation, "repeated")
-        else:
-            kept[key] = conversation
-    return list(kept.values())
 
 
 def _split_by_overlap(conversations: Sequence[Conversation], held_out: float, tally: Tally) -> ChatSplit:

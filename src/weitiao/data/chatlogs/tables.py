@@ -213,7 +213,7 @@ def read_later_table(text: str, path: Path, settings: ImportSettings, chat_name:
             )
     log = build_log(messages, chat_name=chat_name, kind="later table", settings=settings, source=str(path))
     if isinstance(log, Problem):
-        return ReadExport(problems=[*problems, log])
+        return ReadExport(problems=problems or [log])  # a bad row may be why
     return ReadExport(logs=[log], problems=problems)
 
 

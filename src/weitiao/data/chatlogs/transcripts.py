@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -72,9 +71,6 @@ def read_text_export(text: str, path: Path, settings: ImportSettings, chat_name:
         else:
             kind, words = read_labelled(body)
         messages.append(ChatMessage(source=source, from_me=False, sender=sender, kind=kind, text=words, time=time))
-    if heads and any(line.strip() for line in lines[: heads[0][0]]):
-        message = "stands before the first head line, so nobody said it."
-        problems.append(Problem(source=f"{path}:1", field="row", message=message, fix="Remove it."))
     log = build_log(messages, chat_name=chat_name, kind="text", settings=settings, source=str(path))
     return (
         ReadExport(problems=[*problems, log]) if isinstance(log, Problem) else ReadExport(logs=[log], problems=problems)
@@ -84,7 +80,14 @@ def read_text_export(text: str, path: Path, settings: ImportSettings, chat_name:
 def read_ai_text(text: str, path: Path, settings: ImportSettings, chat_name: str) -> ReadExport:
     """The log of an AI-TXT export: a message for each line; its times are whole days."""
     lines = _lines_of(text)
-    speakers = _find_speakers(lines, settings, chat_name, str(path))
+    blank_before_names = not text.rstrip("\r\n").endswith(" ")  # the old exporter ends every message with a blank
+    starts = [
+        number
+        for number, line in enumerate(lines)
+        if number and (not blank_before_names or not lines[number - 1].strip()) and not _DAY.fullmatch(line.strip())
+    ]
+    named = {number: found for number in starts if (found := _SPEAKER.fullmatch(lines[number]))}
+    speakers = _choose_speakers(Counter(found[1] for found in named.values()), settings, chat_name, str(path))
     if isinstance(speakers, Problem):
         return ReadExport(problems=[speakers])
     problems: list[Problem] = []
@@ -99,9 +102,8 @@ def read_ai_text(text: str, path: Path, settings: ImportSettings, chat_name: str
                 message, fix = f"{date[1]} is no date.", "Correct it, or export the chat anew."
                 problems.append(Problem(source=source, field="date", message=message, fix=fix))
             continue
-        named = _SPEAKER.fullmatch(line) if number and not lines[number - 1].strip() else None
-        if named and named[1] in speakers:
-            sender, line = named[1], named[2]
+        if number in named and named[number][1] in speakers:
+            sender, line = named[number][1], named[number][2]
         if not line.strip():
             continue
         if day is None or not sender:
@@ -114,20 +116,15 @@ def read_ai_text(text: str, path: Path, settings: ImportSettings, chat_name: str
         messages.append(ChatMessage(source=source, from_me=False, sender=who, kind=kind, text=words, time=day))
     log = build_log(messages, chat_name=chat_name, kind="AI text", settings=settings, source=str(path))
     if isinstance(log, Problem):
-        return ReadExport(problems=[*problems, log])
+        return ReadExport(problems=problems or [log])  # a bad row may be why
     note = f"{path} has days but no times of day, and its messages are not parted surely: prefer the CSV export."
     return ReadExport(logs=[log], problems=problems, notes=[note])
 
 
-def _find_speakers(
-    lines: list[str], settings: ImportSettings, chat_name: str, source: str
+def _choose_speakers(
+    seen: Counter[str], settings: ImportSettings, chat_name: str, source: str
 ) -> Collection[str] | Problem:
-    """Whose names may begin a turn. "明天:三点" after a blank line looks like one too, so it must be known or sure."""
-    seen: Counter[str] = Counter()
-    for before, line in itertools.pairwise(lines):
-        named = _SPEAKER.fullmatch(line)
-        if named and not before.strip() and not _DAY.fullmatch(line.strip()):
-            seen[named[1]] += 1
+    """Which of the words `seen` before colons are names. "明天:三点" looks like one, so they must be known or few."""
     if settings.members:
         return {*settings.members, *settings.me}
     if chat_name in seen and any(name in seen for name in settings.me):
