@@ -13,7 +13,8 @@ repeats.py to say.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,8 @@ THRESHOLD = 0.8
 SHORTEST = 20
 """Shorter texts are never called alike: one character is then a difference in meaning as often as a slip."""
 
-_BATCH_CHARACTERS = 1 << 18
+_BATCH_CHARACTERS = 1 << 20
+_PAIRS_AT_ONCE = 1 << 15
 _EMPTY = np.uint32(0xFFFFFFFF)
 
 
@@ -49,7 +51,7 @@ class NearIndex:
         self._waiting: list[tuple[int, str, int]] = []
         self._waiting_characters = 0
         self._num_rows = 0
-        self._rows: list[int] = []
+        self._rows = array("I")
         self._signatures: list[NDArray[np.uint16]] = []
 
     def __len__(self) -> int:
@@ -70,24 +72,41 @@ class NearIndex:
         self._flush()
         if not self._signatures:
             return []
-        signatures = np.concatenate(self._signatures)
-        candidates = _candidates(signatures)
+        candidates = _candidates(self._signatures)
         if not len(candidates):
             return []
         likeness = np.concatenate(
-            [_similarity(signatures, candidates[at : at + 8192]) for at in range(0, len(candidates), 8192)]
+            [self._similarity(candidates[at : at + _PAIRS_AT_ONCE]) for at in range(0, len(candidates), _PAIRS_AT_ONCE)]
         )
         alike = likeness >= threshold
-        rows = np.asarray(self._rows)
+        rows = np.array(self._rows, dtype=np.int64)
         return [
             Pair(int(first), int(second), float(value))
             for (first, second), value in zip(rows[candidates[alike]], likeness[alike])
         ]
 
+    def _similarity(self, pairs: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The estimated Jaccard similarity of each pair."""
+        left, right = self._take(pairs[:, 0]), self._take(pairs[:, 1])
+        filled = (left != 0) | (right != 0)
+        equal = (left == right) & filled
+        return np.asarray(equal.sum(axis=1) / np.maximum(filled.sum(axis=1), 1))
+
+    def _take(self, places: NDArray[np.int64]) -> NDArray[np.uint16]:
+        """The signatures at `places`; the batches are never joined, which would need their memory twice."""
+        ends = np.cumsum([len(batch) for batch in self._signatures])
+        batches = np.searchsorted(ends, places, side="right")
+        taken = np.empty((len(places), NUM_BINS), dtype=np.uint16)
+        for batch in np.unique(batches):
+            here = batches == batch
+            signatures = self._signatures[batch]
+            taken[here] = signatures[places[here] - (ends[batch] - len(signatures))]
+        return taken
+
     def _flush(self) -> None:
         if not self._waiting:
             return
-        self._rows += [row for row, _, _ in self._waiting]
+        self._rows.extend(row for row, _, _ in self._waiting)
         texts, salts = [text for _, text, _ in self._waiting], [salt for _, _, salt in self._waiting]
         self._signatures.append(sign(texts, np.array(salts, dtype=np.uint32)))
         self._waiting, self._waiting_characters = [], 0
@@ -127,8 +146,8 @@ def _mix(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
     return mixed
 
 
-def _candidates(signatures: NDArray[np.uint16]) -> NDArray[np.int64]:
-    """Pairs (earlier, later) of places in `signatures` that agree in a band; never more than two a row and band.
+def _candidates(batches: Sequence[NDArray[np.uint16]]) -> NDArray[np.int64]:
+    """Pairs (earlier, later) of places in the joined `batches` that agree in a band; at most two a row and band.
 
     Within a bucket a row is paired with the first and with the one before it, so a boilerplate shared by ten
     thousand rows costs twenty thousand comparisons and not fifty million.
@@ -136,7 +155,7 @@ def _candidates(signatures: NDArray[np.uint16]) -> NDArray[np.int64]:
     found = []
     width = NUM_BINS // NUM_BANDS
     for band in range(NUM_BANDS):
-        part = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width])
+        part = np.concatenate([signatures[:, band * width : (band + 1) * width] for signatures in batches])
         filled = np.flatnonzero(part.any(axis=1))
         halves = part[filled].view(np.uint64)
         keys = halves[:, 0] * np.uint64(0x9E3779B97F4A7C15) ^ (halves[:, 1] + np.uint64(0x7F4A7C15))
@@ -149,14 +168,6 @@ def _candidates(signatures: NDArray[np.uint16]) -> NDArray[np.int64]:
         firsts = places[starts[np.searchsorted(starts, same, side="right") - 1]]
         found += [np.stack([places[same - 1], places[same]], axis=1), np.stack([firsts, places[same]], axis=1)]
     return np.unique(np.concatenate(found), axis=0) if found else np.empty((0, 2), dtype=np.int64)
-
-
-def _similarity(signatures: NDArray[np.uint16], pairs: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The estimated Jaccard similarity of each pair."""
-    left, right = signatures[pairs[:, 0]], signatures[pairs[:, 1]]
-    filled = (left != 0) | (right != 0)
-    equal = (left == right) & filled
-    return np.asarray(equal.sum(axis=1) / np.maximum(filled.sum(axis=1), 1))
 
 
 def group(pairs: Iterable[Pair]) -> list[list[int]]:
