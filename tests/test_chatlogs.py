@@ -804,3 +804,23 @@ def test_the_command_refuses_what_makes_no_sense_in_a_sentence(
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_example_of_the_page_comes_out_as_shown(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs/chat-logs.md").read_text(encoding="utf-8")
+    cells = [
+        line.strip("| ").split(" | ")
+        for line in page.split("## An example")[1].split("\n")
+        if line[:3] in ("| 0", "| 1")
+    ]
+    rows = []
+    for mine, type_, when, content in cells:
+        row = old_row(0, mine == "1", content.strip("`"), type_=int(type_))
+        row[5], row[8] = "", when
+        rows.append(row)
+    options = ImportSettings(system="你是{{name}}", held_out=0)
+    summary, _ = convert(tmp_path, {"小红_utf8.csv": table([*OLD, *NAMES], rows)}, options)
+    shown = page.split("```json\n")[1].split("```")[0]
+    assert (tmp_path / "out/train.jsonl").read_text(encoding="utf-8") == shown
+    assert (summary.messages, summary.used, summary.merged) == (6, 2, 2)
+    assert summary.dropped == {"leading reply": 1, "trailing question": 1}

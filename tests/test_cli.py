@@ -32,6 +32,7 @@ VERBS = {
     "train": "Ctrl-C saves and leaves, twice leaves at once",
     "evaluate": "Score the tuned model against its base model",
     "predict": "Answer every row with the tuned model",
+    "import-chats": "every message is accounted for",
     "schema": "JSON Schema of recipes",
 }
 TEXTS = ("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账")

@@ -117,7 +117,7 @@ def test_make_targets_shown_exist(path):
 @pytest.mark.parametrize("path", READMES, ids=name_of)
 def test_every_verb_is_shown_and_explained(path):
     assert {line[1] for line in shell_lines(path) if line[0] == "weitiao"} == set(commands())
-    explained = re.findall(r"^\| `(\w+)` \|", path.read_text(encoding="utf-8"), re.MULTILINE)
+    explained = re.findall(r"^\| `([\w-]+)` \|", path.read_text(encoding="utf-8"), re.MULTILINE)
     assert explained == list(commands())
 
 

@@ -72,9 +72,9 @@ def read_text_export(text: str, path: Path, settings: ImportSettings, chat_name:
             kind, words = read_labelled(body)
         messages.append(ChatMessage(source=source, from_me=False, sender=sender, kind=kind, text=words, time=time))
     log = build_log(messages, chat_name=chat_name, kind="text", settings=settings, source=str(path))
-    return (
-        ReadExport(problems=[*problems, log]) if isinstance(log, Problem) else ReadExport(logs=[log], problems=problems)
-    )
+    if isinstance(log, Problem):
+        return ReadExport(problems=problems or [log])  # a bad row may be why
+    return ReadExport(logs=[log], problems=problems)
 
 
 def read_ai_text(text: str, path: Path, settings: ImportSettings, chat_name: str) -> ReadExport:
