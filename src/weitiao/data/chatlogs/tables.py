@@ -253,7 +253,8 @@ def parse_time(text: str, zone: tzinfo) -> datetime | None:
     """``2023-05-01 20:00:00`` on the clock of `zone`; None for anything else."""
     if not re.fullmatch(r"[0-9]{4}([-/])[0-9]{1,2}\1[0-9]{1,2} [0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", text, re.ASCII):
         return None
+    year, month, day, hour, minute, *second = (int(part) for part in re.split(r"[-/ :]", text))
     try:
-        return datetime(*(int(part) for part in re.split(r"[-/ :]", text)), tzinfo=zone)  # type: ignore[arg-type]
+        return datetime(year, month, day, hour, minute, second[0] if second else 0, tzinfo=zone)
     except ValueError:
         return None
