@@ -16,29 +16,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .checkup import Checkup, Excerpt, FileCheck, LengthLimit, Side, excerpt
-from .data.checks import input_key
 from .data.doctor import Doctor
+from .data.files import KNOWN_ENDINGS, find_files
 from .data.findings import Finding, by_grade, count_of
 from .data.formats import recognise_format
 from .data.lengths import LengthCount
-from .data.mixture import choose_heldout
-from .data.records import Record, iter_records_or_problems
-from .dataset import merge_tasks
+from .data.mixture import choose_rows, hold_out
+from .data.records import Record, RowCount, iter_records_or_problems
+from .dataset import merge_tasks, read_options, stratum
 from .errors import DataError, Problem, RecipeError
 from .messages import Message
-from .recipe import Recipe, Source, load_recipe, make_recipe
+from .recipe import Data, Recipe, Source, load_recipe, make_recipe
 from .tasks.answers import AnswerWatch
 from .tasks.base import Task, infer_tasks
 from .token_counts import TokenCounter, open_counter
 
-MAX_KEPT = 100_000
+MAX_KEPT = 50_000
 """Rows held in memory; of more, tasks are inferred from a sample of this size."""
 LIMITS = (256, 512, 1024, 2048)
 SAMPLES_PER_TASK = 3
 EXCERPTS_PER_FINDING = 5
 
-DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx")
-PACKED_ENDINGS = (".gz", ".zst")
 _RECIPE_ENDINGS = (".yaml", ".yml")
 _DEV_NAMES = {"dev", "valid", "validation", "val", "test", "eval", "heldout"}
 _BATCH_ROWS = 512
@@ -82,13 +80,13 @@ def find_subject(words: Sequence[str]) -> Subject:
     files: list[str] = []
     unread: list[str] = []
     for path in paths:
-        found, others = _files_in(Path(path)) if Path(path).is_dir() else ([path], [])
+        found = find_files(path) if Path(path).is_dir() or any(sign in path for sign in "*?[") else [path]
         files += found
-        unread += others
+        unread += _other_files(path, found) if Path(path).is_dir() else []
     dev = [file for file in files if _says_dev(file)]
     dev = dev if len(dev) < len(files) else []
     data = {"train": [{"path": file} for file in files if file not in dev], "dev": [{"path": f} for f in dev]}
-    values = {"name": "check", "model": "starter", "data": {**data, "heldout": 0}}
+    values = {"name": "check", "model": "starter", "data": {**data, "held_out": 0}}
     return Subject(
         name=" ".join(paths),
         recipe=make_recipe(values, overrides),
@@ -98,16 +96,10 @@ def find_subject(words: Sequence[str]) -> Subject:
     )
 
 
-def _files_in(folder: Path) -> tuple[list[str], list[str]]:
-    """The data files of a folder and of those inside it, and the other files."""
-    data: list[str] = []
-    others: list[str] = []
-    for file in sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")):
-        endings = [ending.lower() for ending in file.suffixes if ending.lower() not in PACKED_ENDINGS]
-        (data if endings and endings[-1] in DATA_ENDINGS else others).append(str(file))
-    if not data:
-        raise DataError(f"The folder {folder} holds no data files. Their endings: {', '.join(DATA_ENDINGS)}.")
-    return data, others
+def _other_files(folder: str, data: Sequence[str]) -> list[str]:
+    """The files of a folder that are not among its `data`, hidden ones aside."""
+    names = (str(file) for file in Path(folder).iterdir() if file.is_file() and not file.name.startswith("."))
+    return sorted(set(names) - {str(Path(file)) for file in data})
 
 
 def _says_dev(file: str) -> bool:
@@ -137,9 +129,9 @@ def check_recipe(recipe: Recipe, name: str) -> Checkup:
     return check_subject(Subject(name=name, recipe=recipe, is_recipe=True, has_model=False))
 
 
-def read_source(source: Source) -> Iterator[Record | Problem]:
-    """The rows of one source as the recipe says they are to be read, and the problems of bad ones."""
-    return iter_records_or_problems(source.path)
+def read_source(source: Source, data: Data, count: RowCount | None = None) -> Iterator[Record | Problem]:
+    """The rows of one source, read as the recipe says, and the problems of bad ones; `count` is kept up to date."""
+    return iter_records_or_problems(source.path, options=read_options(source, data), count=count)
 
 
 class _Examination:
@@ -153,6 +145,8 @@ class _Examination:
         self._doctor = Doctor()
         self._kept: list[tuple[Record, Side]] = []
         self._num_read = 0
+        self._used: dict[str, frozenset[int]] = {}
+        self._limited: list[str] = []
         self._lengths = LengthCount("tokens" if counter else "characters", "example")
         self._waiting: list[tuple[tuple[Message, ...], str]] = []
         self._places: list[str] = []
@@ -160,10 +154,11 @@ class _Examination:
     def run(self) -> Checkup:
         files = self._read()
         inferred = infer_tasks([record for record, _ in self._kept]) if self._kept else ()
-        answers = AnswerWatch(merge_tasks(inferred, self._subject.recipe.tasks))
+        tasks = merge_tasks(inferred, self._subject.recipe.tasks)
+        answers = AnswerWatch(tasks)
         samples: defaultdict[str, list[Excerpt]] = defaultdict(list)
         sides: Counter[Side] = Counter()
-        for record, side in self._rows():
+        for record, side in self._rows(tasks):
             task = answers.add(record, side=side)
             name, free = (task.name, task.kind == "text") if task else ("", True)
             self._doctor.add(record, side=side, task=name, free=free)
@@ -202,12 +197,11 @@ class _Examination:
         problems: list[Problem] = []
         for source, side in self._sources:
             formats: Counter[str] = Counter()
-            rejected: set[str] = set()
+            count, start = RowCount(), len(self._kept)
             try:
-                for item in read_source(source):
+                for item in read_source(source, self._subject.recipe.data, count):
                     if isinstance(item, Problem):
                         problems.append(item)
-                        rejected.add(item.source)
                     else:
                         formats[recognise_format(item.raw) or "unknown"] += 1
                         self._keep(item, side, rng)
@@ -215,17 +209,27 @@ class _Examination:
                 complaints.append(str(error).splitlines()[0])
                 problems += error.problems
                 continue
-            accepted = formats.total()
             file = FileCheck(
-                path=source.path, side=side, accepted=accepted, rejected=len(rejected), formats=dict(formats)
+                path=source.path, side=side, accepted=count.accepted, rejected=count.rejected, formats=dict(formats)
             )
-            complaints += [file.complaint] if rejected else []
+            complaints += [file.complaint] if file.rejected else []
             files.append(file)
+            if source.limit is not None and count.accepted > source.limit:
+                self._limit(source.path, count.accepted, source.limit, start)
         if len(files) < len(self._sources):
             raise DataError("\n".join(complaints), problems)
         for problem in problems:
             self._doctor.reject(problem)
         return tuple(files)
+
+    def _limit(self, path: str, count: int, limit: int, start: int) -> None:
+        """Of the rows kept from `start` on, leave those that training uses."""
+        places = choose_rows(count, limit, seed=self._subject.recipe.train.seed, path=path)
+        self._used[path] = frozenset(places)
+        self._limited.append(f"{path}: {limit:,} of {count:,} rows")
+        if not self._is_sample:
+            self._kept[start:] = [self._kept[start + place] for place in places]
+            self._num_read -= count - limit
 
     def _keep(self, record: Record, side: Side, rng: random.Random) -> None:
         """Keep the row or, past `MAX_KEPT`, let it take another's place by chance (reservoir sampling)."""
@@ -239,7 +243,7 @@ class _Examination:
     def _is_sample(self) -> bool:
         return self._num_read > len(self._kept)
 
-    def _rows(self) -> Iterator[tuple[Record, Side]]:
+    def _rows(self, tasks: Sequence[Task]) -> Iterator[tuple[Record, Side]]:
         """Every accepted row with its side; read again where not all were kept.
 
         Held-out rows are set apart only where all were kept: they never share an input with a train row.
@@ -247,13 +251,17 @@ class _Examination:
         data = self._subject.recipe.data
         if self._is_sample:
             for source, side in self._sources:
-                yield from ((item, side) for item in read_source(source) if isinstance(item, Record))
-        elif data.dev or not data.heldout:
+                items = read_source(source, data)
+                records = (item for item in items if isinstance(item, Record))
+                used = self._used.get(source.path)
+                yield from ((row, side) for place, row in enumerate(records) if used is None or place in used)
+        elif data.dev or not data.held_out:
             yield from self._kept
         else:
-            records = [record for record, _ in self._kept]
-            apart = choose_heldout(records, share=data.heldout, seed=self._subject.recipe.train.seed)
-            yield from ((record, "dev" if input_key(record) in apart else "train") for record in records)
+            kept = [record for record, _ in self._kept]
+            strata = [stratum(record, tasks) for record in kept]
+            apart = hold_out(kept, strata, share=data.held_out, seed=self._subject.recipe.train.seed)
+            yield from ((record, "dev" if place in apart else "train") for place, record in enumerate(kept))
 
     # ---- lengths ----
 
@@ -309,13 +317,22 @@ class _Examination:
     # ---- what else is to be said ----
 
     def _unread(self) -> Iterator[Finding]:
+        if self._limited:
+            yield Finding(
+                code="limited",
+                grade="note",
+                title=f"{count_of(len(self._limited), 'source')} of which a part is used: {', '.join(self._limited)}",
+                message="The rows are chosen by the seed; only these are examined further.",
+                count=len(self._limited),
+                fix="Nothing; to use all of them, remove the limit from the recipe.",
+            )
         unread = self._subject.unread
         if unread:
             yield Finding(
                 code="unread-file",
                 grade="note",
                 title=f"{count_of(len(unread), 'file')} of the folder not read",
-                message=f"Rows are looked for in files that end with {', '.join(DATA_ENDINGS)}.",
+                message=f"Rows are looked for in files that end with {', '.join(KNOWN_ENDINGS)}.",
                 sources=unread,
                 count=len(unread),
                 fix="Nothing, if they hold no rows.",

@@ -1,7 +1,7 @@
 """`weitiao check --fix`: mended copies of the checked files and lists of what was done; the files stay as they are.
 
-weitiao check rows.jsonl --fix mended.jsonl     mended.jsonl, mended.changes.jsonl
-weitiao check recipe.yaml --fix mended          mended/train.jsonl, mended/train.changes.jsonl, mended/dev.jsonl, …
+weitiao check rows.jsonl --fix mended.jsonl     mended.jsonl, mended.changes.log
+weitiao check recipe.yaml --fix mended          mended/train.jsonl, mended/train.changes.log, mended/dev.jsonl, …
 
 Joins the examination (check.py) and the mender (data/mend.py).
 """
@@ -21,7 +21,7 @@ from .checkup import Checkup
 from .data.mend import Change, mend_rows
 from .data.records import Record
 from .errors import RecipeError
-from .recipe import Source
+from .recipe import Data, Source
 from .runs import writing
 
 
@@ -50,7 +50,7 @@ def mend_files(subject: Subject, checkup: Checkup, out: Path) -> list[Mended]:
         for file in (copy, _list_beside(copy)):
             if file.exists():
                 raise RecipeError(f"{file} exists already. Choose another place for --fix: nothing is overwritten.")
-    return [_mend_file(source, checkup, copy) for source, copy in zip(sources, copies, strict=True)]
+    return [_mend_file(source, data, checkup, copy) for source, copy in zip(sources, copies, strict=True)]
 
 
 def describe_changes(mended: Mended) -> str:
@@ -66,22 +66,22 @@ def describe_changes(mended: Mended) -> str:
     return ", ".join(told) or "nothing to mend"
 
 
-def _mend_file(source: Source, checkup: Checkup, copy: Path) -> Mended:
+def _mend_file(source: Source, data: Data, checkup: Checkup, copy: Path) -> Mended:
     beside = _list_beside(copy)
     with writing(copy), ExitStack() as stack:
         copy.parent.mkdir(parents=True, exist_ok=True)
         stream = stack.enter_context(_appearing(copy))
-        num_rows, changes = mend_rows(_items(source), checkup.findings, lambda line: stream.write(line + "\n"))
+        num_rows, changes = mend_rows(_items(source, data), checkup.findings, lambda line: stream.write(line + "\n"))
         listed = stack.enter_context(_appearing(beside))
         for change in changes:
             listed.write(json.dumps(change.to_json(), ensure_ascii=False) + "\n")
     return Mended(original=source.path, copy=copy, list_of_changes=beside, rows=num_rows, changes=changes)
 
 
-def _items(source: Source) -> Iterator[Record | str]:
+def _items(source: Source, data: Data) -> Iterator[Record | str]:
     """Each row once: its record, or its place where it cannot be read."""
     before = ""
-    for item in read_source(source):
+    for item in read_source(source, data):
         if isinstance(item, Record):
             yield item
         elif item.source != before:  # a bad row may have several problems, which come one after the other
@@ -114,4 +114,5 @@ def _names_in(folder: Path, sources: list[Source]) -> list[Path]:
 
 
 def _list_beside(copy: Path) -> Path:
-    return copy.with_name(f"{copy.stem}.changes.jsonl")
+    """The list's file: JSON lines, under an ending that keeps it from being read as rows."""
+    return copy.with_name(f"{copy.stem}.changes.log")
