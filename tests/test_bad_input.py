@@ -59,12 +59,13 @@ def run_cli(*arguments: object) -> Result:
 
 
 def refuse(*arguments: object) -> str:
-    """The sentences on stderr of a command that ended with code 2 and left no run behind."""
+    """The sentences of a command that ended with code 2, or of a check with 1, and left no run behind."""
     result = run_cli(*arguments)
-    assert result.exit_code == 2, result.output
+    examined = arguments[0] == "check" and "Not ready to train: " in result.stdout
+    assert result.exit_code == (1 if examined else 2), result.output
     assert "Traceback" not in result.output
     assert not Path("runs").exists() or not list(Path("runs").iterdir())
-    return result.stderr
+    return result.stdout if examined else result.stderr
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -162,7 +163,7 @@ def test_every_bad_file_is_named_at_once(verb: str, work: Path) -> None:
     (work / "dev.jsonl").write_text("", encoding="utf-8")
     sentences = refuse(verb, "recipe.yaml", "data.train=[rows.jsonl, gone.jsonl]", "data.dev=dev.jsonl")
     assert "rows.jsonl: 1 of 24 rows cannot be used." in sentences
-    assert "rows.jsonl:2: row: has the keys `target`;" in sentences
+    assert "rows.jsonl:2: row: has the keys `target`" in sentences
     assert "gone.jsonl does not exist." in sentences
     assert "dev.jsonl holds no rows." in sentences
 
@@ -209,10 +210,9 @@ def test_two_answers_to_one_input_contradict_each_other(verb: str) -> None:
     row = json.loads(lines[0])
     write_rows([*lines, json.dumps({**row, "target": '["科技"]'}, ensure_ascii=False) + "\n"])
     sentences = refuse(verb, "recipe.yaml", "data.held_out=0")
-    assert (
-        """rows.jsonl:25: target: '["科技"]' answers the input of rows.jsonl:1, which is answered '["体育"]' there. """
-        "Fix: Keep the right one of the two rows."
-    ) in sentences
+    assert "rows.jsonl:25: " in sentences
+    assert """'["科技"]' answers the input of rows.jsonl:1, which is answered '["体育"]' there.""" in sentences
+    assert "Keep the right one of the two rows." in sentences
 
 
 @VERBS
@@ -220,18 +220,18 @@ def test_dev_rows_that_are_also_trained_on_are_refused(verb: str, work: Path) ->
     (work / "dev.jsonl").write_text("".join(read_rows()[3:5]), encoding="utf-8")
     sentences = refuse(verb, "recipe.yaml", "data.dev=dev.jsonl")
     for dev, train in ((1, 4), (2, 5)):
-        assert (
-            f"dev.jsonl:{dev}: row: This dev row has the same input as the train row rows.jsonl:{train}. "
-            "Fix: Remove it from one of the two files."
-        ) in sentences
+        assert f"dev.jsonl:{dev}: " in sentences
+        assert f"This dev row has the same input as the train row rows.jsonl:{train}." in sentences
+    assert "Remove it from one of the two files." in sentences
 
 
 @VERBS
 def test_an_answer_without_the_form_of_the_others_is_named(verb: str) -> None:
     change_row(20, lambda row: row.update(target='```json\n[{"subject": "a", "predicat": "b", "object": "c"}]\n```'))
     sentences = refuse(verb, "recipe.yaml")
-    assert "rows.jsonl:20: target: The answer does not have the form of the other triples answers" in sentences
-    assert "Fix: Mend the answer" in sentences
+    assert "rows.jsonl:20: " in sentences
+    assert "The answer does not have the form of the other triples answers" in sentences
+    assert "Mend the answer" in sentences
 
 
 def test_rows_longer_than_the_limit_are_named_with_their_sizes() -> None:

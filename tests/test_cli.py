@@ -161,23 +161,23 @@ def test_init_takes_dev_rows_from_a_file_of_their_own(
 def test_check_counts_the_rows_of_a_recipe_and_of_a_file(work: Path) -> None:
     assert "No problems in 22 train and 2 dev rows." in succeed("check", "recipe.yaml")
     assert "No problems in 24 train and 0 dev rows." in succeed("check", "rows.jsonl")
-    assert "No problems in 12 train and 12 dev rows." in succeed("check", "rows.jsonl", "data.heldout=0.5")
+    assert "No problems in 12 train and 12 dev rows." in succeed("check", "rows.jsonl", "data.held_out=0.5")
 
 
 def test_check_prints_json_for_good_rows_and_for_bad_ones(work: Path) -> None:
-    assert json.loads(succeed("check", "recipe.yaml", "--json")) == {
-        "ok": True, "tasks": {"labels": {"train": 22, "dev": 2}}, "notes": [], "problems": []
-    }  # fmt: skip
+    found = json.loads(succeed("check", "recipe.yaml", "--json"))
+    assert (found["ok"], found["rows"], found["accepted"], found["rejected"]) == (True, 24, 24, 0)
+    assert found["format"] == "context_target"
+    assert [(task["name"], task["train"], task["dev"]) for task in found["tasks"]] == [("labels", 22, 2)]
+    assert [finding["code"] for finding in found["findings"]] == ["unused-key"]
     write_rows(work / "bad.jsonl", [{"context": "a"}, {"context": "b", "target": "c"}, {"context": 3, "target": "c"}])
     result = run_cli("check", "bad.jsonl", "--json")
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     found = json.loads(result.stdout)
-    assert found["ok"] is False
-    assert found["message"] == "bad.jsonl: 2 of 3 rows cannot be used."
-    assert [(problem["source"], problem["field"]) for problem in found["problems"]] == [
-        ("bad.jsonl:1", "target"), ("bad.jsonl:3", "context")
-    ]  # fmt: skip
-    assert all(problem["message"] and problem["fix"] for problem in found["problems"])
+    assert (found["ok"], found["rows"], found["accepted"], found["rejected"]) == (False, 3, 1, 2)
+    assert found["findings"][0]["sources"] == ["bad.jsonl:1", "bad.jsonl:3"]
+    assert [detail.partition(":")[0] for detail in found["findings"][0]["details"]] == ["target", "context"]
+    assert all("Fix: " in detail for detail in found["findings"][0]["details"])
 
 
 def test_show_prints_prompt_and_answer_of_as_many_rows_as_asked_for(work: Path) -> None:
