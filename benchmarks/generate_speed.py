@@ -115,9 +115,7 @@ def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a model, an adapter or a run")
-    parser.add_argument(
-        "--base", type=Path, help="an adapter's base model; default: starter"
-    )
+    parser.add_argument("--base", type=Path, help="an adapter's base model; default: starter")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines with a `context` each")
     parser.add_argument("--rows", type=int, default=100, help="prompts that weitiao answers")
     parser.add_argument("--reference-rows", type=int, help="how many of them one-row generation answers, too; all")

@@ -31,7 +31,7 @@ from weitiao.models.families import open_model
 from weitiao.models.starter import starter_folder
 from weitiao.recipe import Lora, Train
 from weitiao.render.base import Example
-from weitiao.train.batches import make_batches
+from weitiao.train.batches import ROUND_TOKENS, make_batches
 from weitiao.train.model import TrainedModel, can_compile
 from weitiao.tuning.methods import add_adapter
 
@@ -79,7 +79,7 @@ def run_weitiao(options: argparse.Namespace) -> None:
 
 def _batches(rows: Any) -> Any:
     examples = [Example(token_ids=row.input_ids, loss_mask=tuple(label >= 0 for label in row.labels)) for row in rows]
-    return make_batches(examples, tokens_per_pass=TOKENS_PER_PASS)
+    return make_batches(examples, tokens_per_pass=TOKENS_PER_PASS, round_to=ROUND_TOKENS)
 
 
 def measure(side: str, options: argparse.Namespace, adapter: Path) -> list[dict[str, Any]]:

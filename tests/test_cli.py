@@ -181,7 +181,7 @@ def test_check_prints_json_for_good_rows_and_for_bad_ones(work: Path) -> None:
 
 
 def test_show_prints_prompt_and_answer_of_as_many_rows_as_asked_for(work: Path) -> None:
-    printed = succeed("show", "recipe.yaml", "-n", 2)
+    printed = succeed("show", "recipe.yaml", "data.held_out=0", "-n", 2)
     assert printed.count("<|im_start|>assistant") == 2
     assert printed.count("选一个标签。") == 2
     assert printed.count("<|im_end|>") == 4, "the user's turn and the answer"

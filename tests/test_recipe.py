@@ -105,7 +105,7 @@ def test_all_mistakes_are_named_in_one_message() -> None:
         {
             "name": "try",
             "model": {"dtype": "float8"},
-            "data": {"train": [], "heldout": 1.5},
+            "data": {"train": [], "held_out": 1.5},
             "train": {"epochs": -1, "epoch": 3, "evaluate_every": "sometimes"},
         }
     )
@@ -113,7 +113,7 @@ def test_all_mistakes_are_named_in_one_message() -> None:
         "model.path",
         "model.dtype",
         "data.train",
-        "data.heldout",
+        "data.held_out",
         "train.epochs",
         "train.evaluate_every",
         "train.epoch",
@@ -198,7 +198,7 @@ def test_complaints_name_the_file(tmp_path: Path) -> None:
         ("name=第二次", ("name",), "第二次"),
         ("name=infinity", ("name",), "infinity"),
         ("name=1e5", ("name",), "1e5"),
-        ("data.heldout=0", ("data", "heldout"), 0.0),
+        ("data.held_out=0", ("data", "held_out"), 0.0),
     ],
 )
 def test_an_override_changes_one_value(override: str, path: tuple[str, ...], value: object) -> None:
@@ -313,7 +313,7 @@ def test_init_writes_any_file_name_so_that_it_reads_back(name: str, sample_rows:
     draft = init_recipe([str(rows)], model="Some/Model: 2 # x", dev=(), out=tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == draft.recipe
     assert draft.recipe == make_recipe(
-        {"name": rows.stem, "model": "Some/Model: 2 # x", "data": {"train": str(rows), "heldout": 0.1}}
+        {"name": rows.stem, "model": "Some/Model: 2 # x", "data": {"train": str(rows), "held_out": 0.1}}
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .data.checks import find_contradictions, find_leaks, find_repeats
-from .data.mixture import Split, read_split
+from .data.mixture import Mixture, SourceRows, hold_out, read_mixture
 from .data.options import ReadOptions
 from .data.records import Record, digest_records
 from .errors import DataError, Problem, RecipeError
@@ -54,17 +54,17 @@ def load_dataset(recipe: Recipe) -> Dataset:
         DataError: every row that cannot be used, every answer without its task's form, every contradiction and
             every dev row that is also trained on, all at once.
     """
-    split = _read(recipe.data, recipe.train.seed)
-    return understand(split, recipe.tasks)
-
-
-def _read(data: Data, seed: int) -> Split:
-    return read_split(
-        [(source.path, source.weight, read_options(source, data)) for source in data.train],
-        [(source.path, read_options(source, data)) for source in data.dev],
-        heldout=data.heldout,
-        seed=seed,
+    data = recipe.data
+    mixture = read_mixture(
+        [_source_rows(source, data) for source in data.train],
+        [_source_rows(source, data) for source in data.dev],
+        seed=recipe.train.seed,
     )
+    return understand(mixture, recipe.tasks, held_out=0 if data.dev else data.held_out, seed=recipe.train.seed)
+
+
+def _source_rows(source: Source, data: Data) -> SourceRows:
+    return SourceRows(path=source.path, options=read_options(source, data), weight=source.weight, limit=source.limit)
 
 
 def read_options(source: Source, data: Data) -> ReadOptions:
@@ -79,11 +79,16 @@ def read_options(source: Source, data: Data) -> ReadOptions:
     )
 
 
-def understand(split: Split, declared: Sequence[DeclaredTask] = ()) -> Dataset:
-    """Find the tasks of the rows in `split` and check every row against them. Raises DataError as `load_dataset`."""
-    rows = [*split.train, *split.dev]
+def understand(
+    mixture: Mixture, declared: Sequence[DeclaredTask] = (), *, held_out: float = 0, seed: int = 0
+) -> Dataset:
+    """Find the tasks of the rows, set `held_out` of the train rows apart, and check every row.
+
+    Raises DataError as `load_dataset`.
+    """
+    rows = [*mixture.train, *mixture.dev]
     tasks = merge_tasks(infer_tasks(rows), declared)
-    problems = find_leaks(split.train, split.dev)
+    problems: list[Problem] = []
     assigned: dict[int, Task] = {}
     rewritten: list[str] = []
     for record in rows:
@@ -97,20 +102,35 @@ def understand(split: Split, declared: Sequence[DeclaredTask] = ()) -> Dataset:
             problems.append(misfit)
         elif isinstance(record.target, str) and written != record.target:
             rewritten.append(record.source)
-    for side in (split.train, split.dev):  # several replies to one input are right where they are free text
+    for side in (mixture.train, mixture.dev):  # several replies to one input are right where they are free text
         problems += find_contradictions([r for r in side if id(r) in assigned and assigned[id(r)].kind != "text"])
+    problems += find_leaks(mixture.train, mixture.dev)
     if problems:
         bad = len({problem.source for problem in problems})
         raise DataError(f"{bad} of {len(rows)} rows cannot be trained on as they are.", sorted(problems, key=_place))
+    strata = [stratum(record, tasks) for record in mixture.train]
+    apart = hold_out(mixture.train, strata, share=held_out, seed=seed)
+    kept = [place for place in range(len(mixture.train)) if place not in apart]
+    train = tuple(mixture.train[place] for place in kept)
+    dev = (*mixture.dev, *(mixture.train[place] for place in sorted(apart)))
     return Dataset(
-        train=split.train,
-        weights=split.weights,
-        dev=split.dev,
+        train=train,
+        weights=tuple(mixture.weights[place] for place in kept),
+        dev=dev,
         tasks=tasks,
-        train_tasks=tuple(assigned[id(record)] for record in split.train),
-        dev_tasks=tuple(assigned[id(record)] for record in split.dev),
-        notes=tuple(_notes(split, assigned, rewritten)),
+        train_tasks=tuple(assigned[id(record)] for record in train),
+        dev_tasks=tuple(assigned[id(record)] for record in dev),
+        notes=(*mixture.left_out, *_notes(train, dev, assigned, rewritten)),
     )
+
+
+def stratum(record: Record, tasks: Sequence[Task]) -> str:
+    """The kind of row that a split takes the same share of: its task, and its label where the labels are few."""
+    task = assign_task(record, tasks)
+    if isinstance(task, Problem):
+        return ""
+    labelled = bool(task.form.labels) and find_misfit(record, task)[1] is None
+    return f"{task.name}\n{'|'.join(_labels(task, record))}" if labelled else task.name
 
 
 def _place(problem: Problem) -> tuple[str, int]:
@@ -119,9 +139,11 @@ def _place(problem: Problem) -> tuple[str, int]:
     return path, int(number) if number.isdigit() else 0
 
 
-def _notes(split: Split, assigned: dict[int, Task], rewritten: Sequence[str]) -> list[str]:
+def _notes(
+    train: Sequence[Record], dev: Sequence[Record], assigned: dict[int, Task], rewritten: Sequence[str]
+) -> list[str]:
     notes = []
-    for name, records in (("train", split.train), ("dev", split.dev)):
+    for name, records in (("train", train), ("dev", dev)):
         repeats = find_repeats(records)
         if repeats:
             shown = "; ".join(f"{first} = {', '.join(others[:3])}" for first, others in repeats[:3])
@@ -133,7 +155,7 @@ def _notes(split: Split, assigned: dict[int, Task], rewritten: Sequence[str]) ->
         )
     for task in {id(t): t for t in assigned.values()}.values():
         if task.form.labels:
-            seen = Counter(label for r in split.train if assigned[id(r)] is task for label in _labels(task, r))
+            seen = Counter(label for r in train if assigned[id(r)] is task for label in _labels(task, r))
             unseen = [label for label in task.form.labels if not seen[label]]
             if unseen:
                 notes.append(f"Labels of {task.name} that only dev rows have: {', '.join(unseen)}.")

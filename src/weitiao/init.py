@@ -13,7 +13,7 @@ from .errors import RecipeError
 from .recipe import Data, Generate, Lora, Recipe, Train, make_recipe
 from .runs import write_text
 
-HELDOUT = 0.1
+HELD_OUT = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ def init_recipe(
     if path.exists() and not overwrite:
         raise RecipeError(f"{path} exists already. Choose another file with -o, or replace it with --force.")
     name = Path(rows[0]).stem if path.stem == "recipe" else path.stem
-    data = {"train": list(rows)} | ({"dev": list(dev)} if dev else {"heldout": HELDOUT})
+    data = {"train": list(rows)} | ({"dev": list(dev)} if dev else {"held_out": HELD_OUT})
     recipe = make_recipe({"name": name, "model": model, "data": data})
     dataset = load_dataset(recipe)
     text = _text(recipe, dataset)
@@ -66,7 +66,7 @@ def _text(recipe: Recipe, dataset: Dataset) -> str:
     held = (
         "  dev:\n" + "".join(f"    - {_quote(source.path)}\n" for source in data.dev)
         if data.dev
-        else f"  heldout: {data.heldout}          # share of the rows kept apart for scoring\n"
+        else f"  held_out: {data.held_out}          # share of the rows kept apart for scoring\n"
     )
     return f"""# What to tune, on what, and how. Every key and its meaning: weitiao schema
 # Any key can be changed on the command line: weitiao train recipe.yaml train.epochs=5

@@ -33,6 +33,7 @@ class Source(Part):
         "Relative to the folder weitiao is started in."
     )
     weight: float = Field(1.0, gt=0, description="How often its rows are seen per epoch: 2 = twice, 0.5 = every other.")
+    limit: int | None = Field(None, ge=1, description="At most so many of its rows, chosen by the seed.")
     format: str | None = Field(
         None, description="Name of its rows' format, such as alpaca or sharegpt. Left out: told from each row's keys."
     )
@@ -84,7 +85,7 @@ class Data(Part):
 
     train: Sources = Field(min_length=1, description="Files of rows to learn from.")
     dev: Sources = Field((), description="Files of rows to score on while training; never trained on.")
-    heldout: float = Field(
+    held_out: float = Field(
         0.1, ge=0, lt=1, description="Share of the train rows kept apart for scoring when no dev files are given."
     )
     turns: Literal["flagged", "all", "last"] = Field(

@@ -1,4 +1,4 @@
-"""Several files of rows → rows to learn from and rows to score on, split by seed.
+"""Several files of rows → one set to learn from, and the choice of rows to score on: seeded, stratified, grouped.
 
 Knows records only. The order within an epoch is drawn from the weights in `train/batches.py`.
 """
@@ -6,81 +6,139 @@ Knows records only. The order within an epoch is drawn from the weights in `trai
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import DataError, Problem
 from .checks import input_key
+from .near import NearIndex, Pair, group
 from .options import ReadOptions
-from .records import Record, read_records
+from .record import Record
+from .records import read_records
+
+NEAR = 0.9
+"""Inputs at least this much alike are kept on one side of the split."""
+
+LARGEST_NEAR_GROUP = 0.02
+"""Nearly equal inputs that are more than this share of all rows share a boilerplate, not a source: they are not tied
+together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
-    """Rows to learn from with their weights, and rows to score on."""
+class SourceRows:
+    """One source of the recipe: where its rows stand and how they are used."""
+
+    path: str
+    options: ReadOptions = field(default_factory=ReadOptions)
+    weight: float = 1.0
+    limit: int | None = None
+    """At most so many of its rows, chosen by the seed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mixture:
+    """All rows of a recipe, before any are set apart."""
 
     train: tuple[Record, ...]
     weights: tuple[float, ...]
     """For each train row, how often it is seen per epoch."""
     dev: tuple[Record, ...]
+    """The rows of the dev files."""
+    left_out: tuple[str, ...]
+    """For each source with more rows than its limit, a sentence that says so."""
 
 
-def read_split(
-    sources: Sequence[tuple[str, float, ReadOptions]],
-    dev_sources: Sequence[tuple[str, ReadOptions]],
-    *,
-    heldout: float,
-    seed: int,
-) -> Split:
-    """Read all files and set dev rows apart.
-
-    Args:
-        sources: ``(path, weight, options)`` of the train files.
-        dev_sources: ``(path, options)`` of the dev files; when empty, `heldout` of the train rows are set apart.
-        heldout: share of the train rows for scoring, taken evenly from every kind of question.
-        seed: of the choice. Rows with the same input always fall on the same side.
-
-    Raises:
-        DataError: with every bad row of every file.
-    """
+def read_mixture(train: Sequence[SourceRows], dev: Sequence[SourceRows], *, seed: int) -> Mixture:
+    """Read all sources. Raises DataError with every bad row of every file."""
     problems: list[Problem] = []
     messages: list[str] = []
+    left_out: list[str] = []
 
-    def read(path: str, options: ReadOptions) -> list[Record]:
+    def read(source: SourceRows) -> list[Record]:
         try:
-            return read_records(path, options=options)
+            records = read_records(source.path, options=source.options)
         except DataError as error:
             messages.append(str(error).splitlines()[0])
             problems.extend(error.problems)
             return []
+        if source.limit is None or len(records) <= source.limit:
+            return records
+        left_out.append(f"{source.path}: {source.limit:,} of its {len(records):,} rows are used, chosen by the seed.")
+        return [records[place] for place in choose_rows(len(records), source.limit, seed=seed, path=source.path)]
 
-    read_train = [(record, weight) for path, weight, options in sources for record in read(path, options)]
-    dev = [record for path, options in dev_sources for record in read(path, options)]
+    read_train = [(record, source.weight) for source in train for record in read(source)]
+    read_dev = [record for source in dev for record in read(source)]
     if messages:
         raise DataError("\n".join(messages), problems)
-    if not dev_sources and heldout > 0:
-        apart = choose_heldout([record for record, _ in read_train], share=heldout, seed=seed)
-        dev = [record for record, _ in read_train if input_key(record) in apart]
-        read_train = [(record, weight) for record, weight in read_train if input_key(record) not in apart]
-    return Split(
+    return Mixture(
         train=tuple(record for record, _ in read_train),
         weights=tuple(weight for _, weight in read_train),
-        dev=tuple(dev),
+        dev=tuple(read_dev),
+        left_out=tuple(left_out),
     )
 
 
-def choose_heldout(records: Sequence[Record], *, share: float, seed: int) -> set[tuple[tuple[str, str], ...]]:
-    """The `input_key`s of about `share` of `records`, the same share of every question wording with several rows."""
-    strata: defaultdict[str, list[tuple[tuple[str, str], ...]]] = defaultdict(list)
-    for record in records:
-        strata[record.task or record.question or record.instruction].append(input_key(record))
-    rare = [name for name, keys in strata.items() if len(keys) * share < 1]
-    pooled = [key for name in rare for key in strata.pop(name)]
-    rng = random.Random(f"heldout/{seed}")
-    chosen: set[tuple[tuple[str, str], ...]] = set()
-    for keys in [*strata.values(), *([pooled] if pooled else [])]:
-        distinct = list(dict.fromkeys(keys))
-        wanted = min(len(distinct) - 1, max(1, round(share * len(distinct)))) if len(distinct) > 1 else 0
-        chosen.update(rng.sample(distinct, wanted))
-    return chosen
+def choose_rows(count: int, limit: int, *, seed: int, path: str) -> list[int]:
+    """Which `limit` of the `count` rows of the source at `path` are used: their places, in order."""
+    return sorted(random.Random(f"limit/{seed}/{path}").sample(range(count), min(limit, count)))
+
+
+def hold_out(records: Sequence[Record], strata: Sequence[str], *, share: float, seed: int) -> frozenset[int]:
+    """The places of about `share` of `records`, the same share of every stratum; never all of one with several rows.
+
+    Rows with the same input, or nearly the same, are chosen together or not at all.
+
+    Args:
+        records: the rows to choose from.
+        strata: for each row, the kind it belongs to: its task and label.
+        share: between 0 and 1.
+        seed: of the choice.
+    """
+    if share <= 0:
+        return frozenset()
+    wanted = _wanted(Counter(strata), share)
+    rng = random.Random(f"held out/{seed}")
+    units = _group_alike(records)
+    rng.shuffle(units)
+    held: Counter[str] = Counter()
+    chosen: list[int] = []
+    for unit in units:
+        taken = Counter(strata[place] for place in unit)
+        if all(held[kind] + count <= wanted[kind] for kind, count in taken.items()):
+            held += taken
+            chosen += unit
+    return frozenset(chosen)
+
+
+def _wanted(sizes: Counter[str], share: float) -> Counter[str]:
+    """Rows to hold out of each stratum: together `share` of all, shared out by largest remainder, never all of one.
+
+    {"a": 10, "b": 7, "c": 2}, 0.2  →  {"a": 2, "b": 2, "c": 0}    4 of 19; of equal remainders the larger stratum
+    """
+    rows = sum(sizes.values())
+    most = sum(count - 1 for count in sizes.values())
+    total = min(most, max(1, round(share * rows)))
+    wanted = Counter({kind: min(count - 1, int(share * count)) for kind, count in sizes.items()})
+    by_remainder = sorted(sizes, key=lambda kind: (wanted[kind] - share * sizes[kind], -sizes[kind]))
+    while sum(wanted.values()) < total:
+        for kind in by_remainder:
+            if wanted[kind] < sizes[kind] - 1 and sum(wanted.values()) < total:
+                wanted[kind] += 1
+    return wanted
+
+
+def _group_alike(records: Sequence[Record]) -> list[list[int]]:
+    """The places of `records` in groups with the same input, or nearly the same text."""
+    same: defaultdict[object, list[int]] = defaultdict(list)
+    near = NearIndex()
+    for place, record in enumerate(records):
+        same[input_key(record)].append(place)
+        near.add(record.text or record.prompt)
+    pairs = [Pair(places[0], place, 1.0) for places in same.values() for place in places[1:]]
+    most = max(2.0, LARGEST_NEAR_GROUP * len(records))
+    alike = near.pairs(NEAR)
+    large = {place for members in group(alike) if len(members) > most for place in members}
+    tied = group([*pairs, *(pair for pair in alike if pair.first not in large)])
+    grouped = {place for members in tied for place in members}
+    return [*tied, *([place] for place in range(len(records)) if place not in grouped)]

@@ -18,6 +18,10 @@ from torch import Tensor
 
 from ..render.base import Example
 
+ROUND_TOKENS = 128
+"""Passes of few different lengths: oneDNN compiles a kernel for every new shape and keeps it. On 2 AMX cores this made
+steps a tenth faster and took 0.3 GB less memory after ten of them."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
@@ -28,6 +32,8 @@ class Batch:
     ``predictors [1, 4, 5]``, ``targets [5, 8, 1]``.
     """
 
+    num_tokens: int
+    """Tokens of rows; `token_ids` may hold a few more, which fill the pass up to a round number."""
     token_ids: Tensor
     """``[1, T]``."""
     positions: Tensor
@@ -41,14 +47,10 @@ class Batch:
     weights: Tensor
     """``[N]`` float32 shares of the step's loss; over a whole step they sum to 1."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the pass, all of them real."""
-        return self.token_ids.shape[1]
-
     def to(self, device: torch.device) -> Batch:
         """The batch on `device` (`row_starts` excepted)."""
         return Batch(
+            num_tokens=self.num_tokens,
             token_ids=self.token_ids.to(device),
             positions=self.positions.to(device),
             row_starts=self.row_starts,
@@ -103,12 +105,15 @@ def num_steps(weights: Sequence[float], *, batch_size: int, seed: int, epochs: f
     return max(1, sum(per_epoch[:whole]) + round((epochs - whole) * (per_epoch[-1] if epochs > whole else 0)))
 
 
-def make_batches(rows: Sequence[Example], *, tokens_per_pass: int, row_balance: float = 0.0) -> list[Batch]:
+def make_batches(
+    rows: Sequence[Example], *, tokens_per_pass: int, row_balance: float = 0.0, round_to: int = 1
+) -> list[Batch]:
     """The passes of one optimiser step: as few as fit `tokens_per_pass` (a longer row gets a pass of its own).
 
     Args:
         rows: the step's examples.
         tokens_per_pass: most tokens in one pass.
+        round_to: fill every pass up to a multiple of so many tokens with a row of its own that is not learnt.
         row_balance: 0: every learnt token has the same weight. 1: every row has. Between, a token's weight is
             ``length of its row's answer ** -row_balance``, scaled so that the step's weights sum to 1.
     """
@@ -125,7 +130,9 @@ def make_batches(rows: Sequence[Example], *, tokens_per_pass: int, row_balance: 
         else:
             passes[fitting].append(place)
             room[fitting] -= size
-    return [_pack([rows[p] for p in places], [answer_weights[p] / total for p in places]) for places in passes]
+    return [
+        _pack([rows[p] for p in places], [answer_weights[p] / total for p in places], round_to) for places in passes
+    ]
 
 
 def make_probe(rows: Sequence[Example], *, num_targets: int = 16) -> Batch:
@@ -139,7 +146,7 @@ def make_probe(rows: Sequence[Example], *, num_targets: int = 16) -> Batch:
     )
 
 
-def _pack(rows: Sequence[Example], weights: Sequence[float]) -> Batch:
+def _pack(rows: Sequence[Example], weights: Sequence[float], round_to: int) -> Batch:
     token_ids: list[int] = []
     positions: list[int] = []
     starts, predictors, targets, shares = [0], [], [], []
@@ -152,7 +159,13 @@ def _pack(rows: Sequence[Example], weights: Sequence[float]) -> Batch:
             token_ids.append(token)
             positions.append(place)
         starts.append(len(token_ids))
+    num_tokens = len(token_ids)
+    if filling := -num_tokens % round_to:
+        token_ids += [0] * filling
+        positions += range(filling)
+        starts.append(len(token_ids))
     return Batch(
+        num_tokens=num_tokens,
         token_ids=torch.tensor([token_ids]),
         positions=torch.tensor([positions]),
         row_starts=torch.tensor(starts),

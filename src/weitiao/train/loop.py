@@ -26,7 +26,7 @@ from ..models.adapters import base_model
 from ..recipe import Train
 from ..render.base import Example
 from ..runs import RunFolder, write_folder
-from .batches import Batch, make_batches, make_probe, num_steps, step_rows
+from .batches import ROUND_TOKENS, Batch, make_batches, make_probe, num_steps, step_rows
 from .checkpoint import Progress, list_checkpoints, load_checkpoint, rust_os_errors, save_checkpoint
 from .model import TrainedModel, can_compile, check_head
 from .plan import COMPILE_REPAYS_SECONDS, make_plan
@@ -181,8 +181,9 @@ def _take_step(
 
 
 def _step_batches(rows: Sequence[Example], settings: Train, device: torch.device) -> list[Batch]:
-    limit = settings.tokens_per_pass if settings.packing else 1
-    return [b.to(device) for b in make_batches(rows, tokens_per_pass=limit, row_balance=settings.row_balance)]
+    limit, round_to = (settings.tokens_per_pass, ROUND_TOKENS) if settings.packing else (1, 1)
+    batches = make_batches(rows, tokens_per_pass=limit, row_balance=settings.row_balance, round_to=round_to)
+    return [batch.to(device) for batch in batches]
 
 
 def _advance(progress: Progress, step: int, loss: float, started: float) -> Progress:
