@@ -33,12 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # from here on with torch
     "environment": set(),
     "models": {"errors", "messages", "render"},
-    "token_counts": {"errors", "messages", "models"},
-    "checkup": {"data", "tasks"},
-    "check": {"errors", "messages", "data", "tasks", "recipe", "dataset", "token_counts", "checkup"},
-    "check_fix": {"errors", "data", "recipe", "runs", "checkup", "check"},
-    "check_terminal": {"data", "visible", "checkup"},
-    "check_page": {"data", "tasks", "runs", "visible", "checkup", "check_terminal"},
+    "check": {"errors", "messages", "data", "tasks", "recipe", "dataset", "runs", "visible", "models"},
     "tuning": {"errors", "recipe", "models"},
     "train": {"errors", "data", "tasks", "render", "recipe", "runs", "models", "tuning"},
     "generate": {"errors", "messages", "tasks", "render", "models"},
@@ -48,11 +43,10 @@ TOP = {"tune", "apply", "cli", "__init__", "__main__"}
 """They bring everything together; nothing imports them but each other."""
 
 WITHOUT_TORCH = {"errors", "messages", "data", "tasks", "render", "runs", "contract", "recipe", "dataset", "init",
-                 "visible", "token_counts", "checkup", "check", "check_fix", "check_terminal", "check_page",
-                 "cli", "__init__", "__main__"}  # fmt: skip
+                 "visible", "check", "cli", "__init__", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "matplotlib"}
 WITH_NUMPY = {"data/near.py"}
-"""Loaded by `weitiao check` alone: a hundred thousand signatures take a second in numpy, minutes without."""
+"""A hundred thousand signatures take a second in numpy, minutes without."""
 
 LONGEST_FILE = 450
 NAMES_THAT_SAY_NOTHING = {"utils.py", "util.py", "helpers.py", "common.py", "constants.py", "misc.py"}
@@ -172,7 +166,7 @@ def test_only_type_checking_and_the_token_counter_know_heavy_libraries() -> None
         for found in imports_of(path)
         if found.module.partition(".")[0] in HEAVY
     }
-    assert places <= {"render/template.py", "token_counts.py"} | WITH_NUMPY
+    assert places <= {"render/template.py", "check/token_counts.py"} | WITH_NUMPY
 
 
 def test_no_file_has_a_second_subject() -> None:

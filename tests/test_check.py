@@ -12,17 +12,17 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from weitiao import check as check_module
-from weitiao.check import Subject, check_subject, find_subject
-from weitiao.check_fix import mend_files
-from weitiao.check_page import render_page
-from weitiao.checkup import Checkup, masked
+from weitiao.check import examine as check_module
+from weitiao.check.checkup import Checkup, masked
+from weitiao.check.examine import Subject, check_subject, find_subject
+from weitiao.check.fix import mend_files
+from weitiao.check.page import render_page
+from weitiao.check.token_counts import open_counter
 from weitiao.cli import app
 from weitiao.dataset import load_dataset
 from weitiao.errors import DataError, RecipeError
 from weitiao.messages import Message
 from weitiao.models.families import open_renderer
-from weitiao.token_counts import open_counter
 
 LABELS = ("体育", "科技", "财经")
 

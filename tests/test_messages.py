@@ -63,7 +63,8 @@ def test_exactly_the_conversations_of_the_grammar_are_accepted() -> None:
         ("suaa", "messages[3] is the assistant's, but after the assistant's messages[2] comes the user's or a tool's."),
         (
             "uca",
-            "messages[2] is the assistant's, but after the assistant's messages[1], which calls a tool, comes a tool's.",
+            "messages[2] is the assistant's, but after the assistant's messages[1], which calls a tool, "
+            "comes a tool's.",
         ),
         ("uctu", "messages[3] is the user's, but after a tool's messages[2] comes a tool's or the assistant's."),
         ("uas", "messages[2] is the system's, but a system message may only stand first."),

@@ -120,7 +120,7 @@ def check(
     Of several files those named dev, valid, test or eval are scored on.
     Ends with code 0 when the data can be trained on, 1 when it has errors, 2 when it cannot be read.
     """
-    from .check import check_subject, find_subject
+    from .check.examine import check_subject, find_subject
 
     with _reporting_errors():
         try:
@@ -136,16 +136,16 @@ def check(
         if as_json:
             print(json.dumps(checkup.to_json(), ensure_ascii=False))
         else:
-            from .check_terminal import print_checkup
+            from .check.terminal import print_checkup
 
             print_checkup(checkup, out)
         if html is not None:
-            from .check_page import write_page
+            from .check.page import write_page
 
             write_page(checkup, html)
             err.print(f"Wrote {html}.")
         if fix is not None:
-            from .check_fix import describe_changes, mend_files
+            from .check.fix import describe_changes, mend_files
 
             for mended in mend_files(subject, checkup, fix):
                 done = f"{mended.rows} rows, {describe_changes(mended)}; listed in {mended.list_of_changes}"
@@ -193,8 +193,8 @@ def train(
         from .dataset import load_dataset
 
         load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
-        from .check import check_recipe
-        from .check_terminal import print_briefly
+        from .check.examine import check_recipe
+        from .check.terminal import print_briefly
 
         print_briefly(check_recipe(loaded, str(recipe)), err)
         from .tune import tune_model

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .data.findings import Finding
-from .data.lengths import Lengths
-from .data.privacy import find_personal_data
-from .data.records import Record
-from .tasks.answers import TaskSummary
+from ..data.findings import Finding
+from ..data.lengths import Lengths
+from ..data.privacy import find_personal_data
+from ..data.records import Record
+from ..tasks.answers import TaskSummary
 
 Side = Literal["train", "dev"]
 

@@ -1,7 +1,7 @@
 """`weitiao check`: data files or a recipe in, everything that is wrong with them out, in seconds and without a model.
 
 Joins the doctor (data/doctor.py), the tasks' answers (tasks/answers.py), the recipe and, where its files are on this
-machine, the model's tokenizer. What comes out is a `Checkup`; check_terminal.py and check_page.py show it.
+machine, the model's tokenizer. What comes out is a `Checkup`; terminal.py and page.py show it.
 
 Up to `MAX_KEPT` rows are held in memory. Of more, the tasks are inferred from a sample and the files are read a second
 time, so that memory stays bounded.
@@ -15,20 +15,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..data.doctor import Doctor
+from ..data.files import KNOWN_ENDINGS, find_files
+from ..data.findings import Finding, by_grade, count_of
+from ..data.formats import recognise_format
+from ..data.lengths import LengthCount
+from ..data.mixture import choose_rows, hold_out
+from ..data.records import Record, RowCount, iter_records_or_problems
+from ..dataset import merge_tasks, read_options, stratum
+from ..errors import DataError, Problem, RecipeError
+from ..messages import Message
+from ..recipe import Data, Recipe, Source, load_recipe, make_recipe
+from ..tasks.answers import AnswerWatch
+from ..tasks.base import Task, infer_tasks
 from .checkup import Checkup, Excerpt, FileCheck, LengthLimit, Side, excerpt
-from .data.doctor import Doctor
-from .data.files import KNOWN_ENDINGS, find_files
-from .data.findings import Finding, by_grade, count_of
-from .data.formats import recognise_format
-from .data.lengths import LengthCount
-from .data.mixture import choose_rows, hold_out
-from .data.records import Record, RowCount, iter_records_or_problems
-from .dataset import merge_tasks, read_options, stratum
-from .errors import DataError, Problem, RecipeError
-from .messages import Message
-from .recipe import Data, Recipe, Source, load_recipe, make_recipe
-from .tasks.answers import AnswerWatch
-from .tasks.base import Task, infer_tasks
 from .token_counts import TokenCounter, open_counter
 
 MAX_KEPT = 50_000

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import jinja2
 
-from .check_terminal import verdict
+from ..data.findings import GRADES, Finding
+from ..runs import write_bytes, writing
+from ..tasks.answers import TaskSummary
+from ..visible import shorten, visible
 from .checkup import Checkup
-from .data.findings import GRADES, Finding
-from .runs import write_bytes, writing
-from .tasks.answers import TaskSummary
-from .visible import shorten, visible
+from .terminal import verdict
 
 FEW_ROWS = 5
 """Rows of a finding shown at once; the others unfold, …"""
@@ -69,4 +69,4 @@ def _template() -> jinja2.Template:
         keep_trailing_newline=True,
     )
     environment.filters |= {"visible": visible, "shorten": shorten}
-    return environment.get_template("check_page.html.jinja")
+    return environment.get_template("page.html.jinja")

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from .check import Subject, read_source
+from ..data.mend import Change, mend_rows
+from ..data.records import Record
+from ..errors import RecipeError
+from ..recipe import Data, Source
+from ..runs import writing
 from .checkup import Checkup
-from .data.mend import Change, mend_rows
-from .data.records import Record
-from .errors import RecipeError
-from .recipe import Data, Source
-from .runs import writing
+from .examine import Subject, read_source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

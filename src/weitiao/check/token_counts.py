@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ModelError
-from .messages import Message
+from ..errors import ModelError
+from ..messages import Message
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,7 +84,7 @@ def _local_folder(model: str) -> Path | None:
     if folder.is_dir():
         return folder
     if model == "starter":
-        from .models.starter import made_starter_folder
+        from ..models.starter import made_starter_folder
 
         return made_starter_folder()
     if model.count("/") == 1 and not model.startswith((".", "/", "~", "modelscope:")):

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
+from ..data.findings import GRADES, Finding, Grade, count_of
+from ..data.lengths import Lengths
+from ..visible import shorten, visible
 from .checkup import Checkup
-from .data.findings import GRADES, Finding, Grade, count_of
-from .data.lengths import Lengths
-from .visible import shorten, visible
 
 SHOWN_ROWS: dict[Grade, int] = {"error": 50, "warning": 4, "note": 2}
 _COLOURS: dict[Grade, str] = {"error": "red", "warning": "yellow", "note": "cyan"}
