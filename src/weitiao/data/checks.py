@@ -12,10 +12,20 @@ from collections.abc import Sequence
 from ..errors import Problem
 from .records import Record
 
+InputKey = tuple[tuple[str, ...], ...]
 
-def input_key(record: Record) -> tuple[tuple[str, str], ...]:
-    """What makes two rows the same question: every message, surrounding blanks aside."""
-    return tuple((message.role, message.text.strip()) for message in record.messages)
+
+def input_key(record: Record) -> InputKey:
+    """What makes two rows the same question: every message, surrounding blanks aside, and the tools on offer."""
+    turns = tuple(
+        (message.role, message.text.strip(), *(_written([call.name, call.arguments]) for call in message.calls))
+        for message in record.messages
+    )
+    return (*turns, ("tools", *map(_written, record.tools))) if record.tools else turns
+
+
+def _written(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def target_key(record: Record) -> str:
@@ -27,7 +37,7 @@ def target_key(record: Record) -> str:
 
 def find_contradictions(records: Sequence[Record]) -> list[Problem]:
     """Rows with one input and different answers: no model can learn both."""
-    first: dict[tuple[tuple[str, str], ...], Record] = {}
+    first: dict[InputKey, Record] = {}
     problems = []
     for record in records:
         known = first.setdefault(input_key(record), record)
