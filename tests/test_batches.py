@@ -177,7 +177,7 @@ def test_row_balance_0_weighs_tokens_equally_and_1_weighs_rows_equally(rows: lis
 
 
 def loss_and_gradient(
-    rows: list[Example], tokens_per_pass: int, *, packing: bool, row_balance: float
+    rows: list[Example], tokens_per_pass: int, *, packing: bool, row_balance: float, round_to: int = 1
 ) -> tuple[float, Tensor]:
     torch.manual_seed(4)
     config = Gemma3TextConfig(
@@ -191,7 +191,7 @@ def loss_and_gradient(
                 parameter.normal_(std=0.1)
     trained = TrainedModel(model.get_base_model(), packing=packing)
     total = 0.0
-    for batch in make_batches(rows, tokens_per_pass=tokens_per_pass, row_balance=row_balance):
+    for batch in make_batches(rows, tokens_per_pass=tokens_per_pass, row_balance=row_balance, round_to=round_to):
         loss = trained(batch)
         loss.backward()
         total += loss.item()
@@ -208,6 +208,41 @@ def test_batching_accumulation_and_packing_leave_loss_and_gradient_unchanged(row
         other, same = loss_and_gradient(rows, tokens_per_pass, packing=packing, row_balance=row_balance)
         assert other == pytest.approx(loss, rel=1e-6)
         assert (same - gradient).norm().item() < 1e-6 * gradient.norm().item()
+
+
+def test_passes_filled_to_round_lengths_leave_loss_and_gradient_unchanged() -> None:
+    draw = random.Random(6)
+    rows = [example(draw.randint(1, 25), draw.randint(1, 12), draw.randint(3, 9)) for _ in range(7)]
+    loss, gradient = loss_and_gradient(rows, 70, packing=True, row_balance=0.0)
+    other, same = loss_and_gradient(rows, 70, packing=True, row_balance=0.0, round_to=64)
+    assert other == pytest.approx(loss, rel=1e-6)
+    assert (same - gradient).norm().item() < 1e-6 * gradient.norm().item()
+
+
+@given(rows=examples, round_to=st.integers(1, 50))
+def test_filled_passes_are_round_and_count_real_tokens_only(rows: list[Example], round_to: int) -> None:
+    batches = make_batches(rows, tokens_per_pass=40, round_to=round_to)
+    assert sum(batch.num_tokens for batch in batches) == sum(map(len, rows))
+    for batch in batches:
+        assert batch.token_ids.shape[1] % round_to == 0
+        assert batch.row_starts[-1] == batch.token_ids.shape[1] == batch.positions.shape[1]
+        assert batch.token_ids.shape[1] - batch.num_tokens < round_to
+
+
+@given(rows=examples, tokens_per_pass=st.integers(1, 120))
+def test_owners_say_whose_token_is_learnt(rows: list[Example], tokens_per_pass: int) -> None:
+    counted = Counter(place for b in make_batches(rows, tokens_per_pass=tokens_per_pass) for place in b.owners.tolist())
+    assert [counted[place] for place in range(len(rows))] == [row.num_supervised for row in rows]
+
+
+@given(rows=examples, heavy=st.floats(0.1, 10))
+def test_a_row_weight_is_a_factor_on_its_tokens(rows: list[Example], heavy: float) -> None:
+    factors = [heavy if place == 0 else 1.0 for place in range(len(rows))]
+    [batch] = make_batches(rows, tokens_per_pass=10**6, row_weights=factors)
+    mine = batch.owners == 0
+    assert batch.weights.double().sum().item() == pytest.approx(1, rel=1e-5)
+    if 0 < int(mine.sum()) < len(mine):
+        assert (batch.weights[mine][0] / batch.weights[~mine][0]).item() == pytest.approx(heavy, rel=1e-4)
 
 
 def test_row_balance_changes_the_loss_of_rows_of_unequal_length() -> None:

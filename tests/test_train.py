@@ -151,6 +151,34 @@ def test_metrics_hold_one_line_per_log_and_scoring(tiny_llama_folder: Path, samp
     assert all(0 <= line["scores"]["labels"]["primary"] <= 1 for line in lines if line["kind"] == "dev")
 
 
+def test_the_loss_is_told_by_task_and_the_tasks_add_up_to_the_whole(tiny_llama_folder: Path, sample_rows: Path) -> None:
+    screen = Screen()
+    settings = ("train.log_every=6", "train.row_balance=0", "train.evaluate_every=6")
+    run = run_recipe(recipe_for(tiny_llama_folder, sample_rows, *settings), screen=screen)
+    for line in run.read_metrics():
+        assert set(line["task_losses"]) == {"labels", "triples"}
+        low, high = sorted(line["task_losses"].values())
+        assert low < line["loss"] < high, "every token counts the same, so the whole lies between"
+    first = run.read_metrics()[0]
+    told = f"(labels {first['task_losses']['labels']:.3f}  triples {first['task_losses']['triples']:.3f})"
+    assert told in screen.getvalue()
+
+
+def test_a_task_that_weighs_more_is_learnt_faster(tiny_llama_folder: Path, sample_rows: Path) -> None:
+    settings = ("train.epochs=6", "train.evaluate_every=never")
+    plain = run_recipe(recipe_for(tiny_llama_folder, sample_rows, *settings, name="plain"))
+    heavy = run_recipe(
+        recipe_for(tiny_llama_folder, sample_rows, *settings, "train.task_weights={labels: 50}", name="heavy")
+    )
+    assert heavy.read_metrics()[-1]["task_losses"]["labels"] < plain.read_metrics()[-1]["task_losses"]["labels"]
+
+
+def test_a_weight_for_a_task_that_is_not_there_is_refused(tiny_llama_folder: Path, sample_rows: Path) -> None:
+    with pytest.raises(RecipeError, match=r"task_weights names 'label', but the tasks are .*labels"):
+        run_recipe(recipe_for(tiny_llama_folder, sample_rows, "train.task_weights={label: 2}"))
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("scores", [{}, {"labels": {"primary": 0.5}, "triples": {"primary": 0.25}}])
 def test_the_curve_is_drawn_with_and_without_dev_scores(scores: dict[str, Any], tmp_path: Path) -> None:
     train_line = {"kind": "train", "step": 1, "loss": 2.0}

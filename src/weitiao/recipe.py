@@ -149,6 +149,9 @@ class Train(Part):
         description="0: every token of an answer counts the same. 1: every row counts the same, however long its "
         "answer. Between: in between.",
     )
+    task_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="How much the rows of a task count in the loss, by the task's name; 1 where it is not named."
+    )
     gradient_checkpointing: bool = Field(False, description="Less memory, about a third slower.")
     packing: bool = Field(True, description="Rows end to end without padding. false: one row at a time, for models "
                           "whose attention cannot be packed.")  # fmt: skip
@@ -166,6 +169,12 @@ class Train(Part):
     )
     keep_checkpoints: int = Field(2, ge=1, description="How many of the latest checkpoints stay on disk.")
     patience: int = Field(0, ge=0, description="Stop after this many scorings without a better one; 0: never.")
+    price_per_hour: float | None = Field(
+        None,
+        ge=0,
+        description="What an hour of the machine costs: weitiao check --plan then tells the training's cost.",
+    )
+    currency: str = Field("¥", description="What the price is in, as written before the number.")
 
 
 class Generate(Part):

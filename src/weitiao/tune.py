@@ -12,10 +12,11 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from .contract import Contract
+from .data.reading import describe_sources
 from .data.records import Record
-from .dataset import Dataset, load_dataset
+from .dataset import Dataset, load_dataset, read_options
 from .environment import environment
-from .errors import DataError
+from .errors import DataError, RecipeError
 from .evaluate.predict import Answerer
 from .evaluate.score import Prediction, overall, score_predictions
 from .generate.engine import Sampling
@@ -49,6 +50,8 @@ def tune_model(
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
     require_compiler(recipe.train)
     dataset = load_dataset(recipe)
+    reading = describe_sources([(source.path, read_options(source, recipe.data)) for source in recipe.data.train])
+    _require_tasks(recipe, dataset)
     for note in dataset.notes:
         console.print(f"note: {note}", soft_wrap=True)
     for name, (num_train, num_dev) in dataset.count_rows().items():
@@ -77,6 +80,8 @@ def tune_model(
         dev_rows.examples,
         settings=recipe.train,
         run=run,
+        tasks=[dataset.train_tasks[place].name for place in train_rows.rows],
+        dev_tasks=[dataset.dev_tasks[place].name for place in dev_rows.rows],
         on_eval=_make_on_eval(recipe, dataset, dev_rows, opened, limits),
         console=console,
     )
@@ -85,7 +90,7 @@ def tune_model(
         raise KeyboardInterrupt
     with writing(run.adapter), rust_os_errors():
         opened.tokenizer.save_pretrained(str(run.adapter))
-    _contract(recipe, dataset, opened, run, limits).write(run.contract)
+    _contract(recipe, dataset, opened, run, limits, reading).write(run.contract)
     _say_done(console, run, outcome)
     return run
 
@@ -119,6 +124,16 @@ def _fit(
     return rows
 
 
+def _require_tasks(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise RecipeError when `train.task_weights` names a task that the rows do not have."""
+    names = [task.name for task in dataset.tasks]
+    strange = [name for name in recipe.train.task_weights if name not in names]
+    if strange:
+        raise RecipeError(
+            f"train.task_weights names {', '.join(map(repr, strange))}, but the tasks are {', '.join(names)}."
+        )
+
+
 def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     if isinstance(model, PeftModel):
         raise TypeError("open_model was asked for no adapter, so the model has none")
@@ -147,7 +162,12 @@ def _depends_on(recipe: Recipe, dataset: Dataset, opened: OpenModel) -> dict[str
 
 
 def _contract(
-    recipe: Recipe, dataset: Dataset, opened: OpenModel, run: RunFolder, limits: Mapping[str, int]
+    recipe: Recipe,
+    dataset: Dataset,
+    opened: OpenModel,
+    run: RunFolder,
+    limits: Mapping[str, int],
+    reading: Mapping[str, object],
 ) -> Contract:
     local = Path(recipe.model.path).expanduser()
     return Contract(
@@ -165,6 +185,7 @@ def _contract(
         shorten_input=recipe.data.overlong == "shorten_input",
         data_fingerprint=dataset.fingerprint,
         dtype=str(opened.model.dtype).removeprefix("torch."),
+        reading=reading,
         versions=environment().versions,
     )
 

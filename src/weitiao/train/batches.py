@@ -46,9 +46,11 @@ class Batch:
     """``[N]`` the learnt tokens."""
     weights: Tensor
     """``[N]`` float32 shares of the step's loss; over a whole step they sum to 1."""
+    owners: Tensor
+    """``[N]`` for each learnt token, the place of its row among the step's rows; stays on the CPU."""
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device` (`row_starts` excepted)."""
+        """The batch on `device` (`row_starts` and `owners` excepted)."""
         return Batch(
             num_tokens=self.num_tokens,
             token_ids=self.token_ids.to(device),
@@ -57,6 +59,7 @@ class Batch:
             predictors=self.predictors.to(device),
             targets=self.targets.to(device),
             weights=self.weights.to(device),
+            owners=self.owners,
         )
 
 
@@ -106,18 +109,27 @@ def num_steps(weights: Sequence[float], *, batch_size: int, seed: int, epochs: f
 
 
 def make_batches(
-    rows: Sequence[Example], *, tokens_per_pass: int, row_balance: float = 0.0, round_to: int = 1
+    rows: Sequence[Example],
+    *,
+    tokens_per_pass: int,
+    row_balance: float = 0.0,
+    row_weights: Sequence[float] | None = None,
+    round_to: int = 1,
 ) -> list[Batch]:
     """The passes of one optimiser step: as few as fit `tokens_per_pass` (a longer row gets a pass of its own).
 
     Args:
         rows: the step's examples.
         tokens_per_pass: most tokens in one pass.
-        round_to: fill every pass up to a multiple of so many tokens with a row of its own that is not learnt.
         row_balance: 0: every learnt token has the same weight. 1: every row has. Between, a token's weight is
             ``length of its row's answer ** -row_balance``, scaled so that the step's weights sum to 1.
+        row_weights: for each row, a factor on the weight of its tokens; 1 when not given.
+        round_to: fill every pass up to a multiple of so many tokens with a row of its own that is not learnt.
     """
-    answer_weights = [max(1, row.num_supervised) ** -row_balance for row in rows]
+    factors = row_weights if row_weights is not None else [1.0] * len(rows)
+    answer_weights = [
+        factor * max(1, row.num_supervised) ** -row_balance for row, factor in zip(rows, factors, strict=True)
+    ]
     total = sum(weight * row.num_supervised for weight, row in zip(answer_weights, rows, strict=True))
     passes: list[list[int]] = []
     room: list[int] = []
@@ -130,9 +142,8 @@ def make_batches(
         else:
             passes[fitting].append(place)
             room[fitting] -= size
-    return [
-        _pack([rows[p] for p in places], [answer_weights[p] / total for p in places], round_to) for places in passes
-    ]
+    shares = [weight / total for weight in answer_weights]
+    return [_pack(rows, places, shares, round_to) for places in passes]
 
 
 def make_probe(rows: Sequence[Example], *, num_targets: int = 16) -> Batch:
@@ -143,21 +154,25 @@ def make_probe(rows: Sequence[Example], *, num_targets: int = 16) -> Batch:
         predictors=batch.predictors[:num_targets],
         targets=batch.targets[:num_targets],
         weights=batch.weights[:num_targets],
+        owners=batch.owners[:num_targets],
     )
 
 
-def _pack(rows: Sequence[Example], weights: Sequence[float], round_to: int) -> Batch:
+def _pack(rows: Sequence[Example], places: Sequence[int], weights: Sequence[float], round_to: int) -> Batch:
+    """The rows at `places` end to end; `weights` are those of a learnt token of each row."""
     token_ids: list[int] = []
     positions: list[int] = []
-    starts, predictors, targets, shares = [0], [], [], []
-    for row, weight in zip(rows, weights, strict=True):
-        for place, (token, learnt) in enumerate(zip(row.token_ids, row.loss_mask, strict=True)):
-            if learnt and place > 0:
+    starts, predictors, targets, shares, owners = [0], [], [], [], []
+    for place in places:
+        row = rows[place]
+        for position, (token, learnt) in enumerate(zip(row.token_ids, row.loss_mask, strict=True)):
+            if learnt and position > 0:
                 predictors.append(len(token_ids) - 1)
                 targets.append(token)
-                shares.append(weight)
+                shares.append(weights[place])
+                owners.append(place)
             token_ids.append(token)
-            positions.append(place)
+            positions.append(position)
         starts.append(len(token_ids))
     num_tokens = len(token_ids)
     if filling := -num_tokens % round_to:
@@ -172,4 +187,5 @@ def _pack(rows: Sequence[Example], weights: Sequence[float], round_to: int) -> B
         predictors=torch.tensor(predictors, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         weights=torch.tensor(shares, dtype=torch.float32),
+        owners=torch.tensor(owners, dtype=torch.long),
     )

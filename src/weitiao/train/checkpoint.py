@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Progress:
     compiled: bool = False
     window: tuple[float, ...] = ()
     """Losses of the steps since the last log line."""
+    task_window: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """For each task, the sum of its tokens' losses since the last log line, and how many tokens they were."""
 
 
 def save_checkpoint(
@@ -126,7 +128,8 @@ def load_checkpoint(
 def read_progress(path: Path) -> Progress:
     """The progress stored in checkpoint `path`."""
     data = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    return Progress(**{**data, "window": tuple(data["window"])})
+    tasks = {task: (float(total), int(count)) for task, (total, count) in data["task_window"].items()}
+    return Progress(**{**data, "window": tuple(data["window"]), "task_window": tasks})
 
 
 def require_same(run: RunFolder, depends_on: Mapping[str, Any]) -> None:

@@ -13,24 +13,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
-from ..errors import RunError
 from ..models.adapters import base_model
 from ..recipe import Train
 from ..render.base import Example
 from ..runs import RunFolder, write_folder
-from .batches import ROUND_TOKENS, Batch, make_batches, make_probe, num_steps, step_rows
+from .batches import make_probe, num_steps, step_rows
 from .checkpoint import Progress, list_checkpoints, load_checkpoint, rust_os_errors, save_checkpoint
-from .model import TrainedModel, can_compile, check_head
-from .plan import COMPILE_REPAYS_SECONDS, make_plan
+from .model import TrainedModel, check_head
+from .plan import make_plan, will_compile
 from .progress import TrainingDisplay, draw_curve, format_seconds
+from .task_losses import TaskSums, add_sums, mean_by_task, sum_by_task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +40,6 @@ class Scoring:
     tasks: dict[str, dict[str, float]]
     """For each task its metrics, the chosen one under ``primary`` as well."""
 
-
-_DEAD_LOSS = 0.1
-"""Above this loss a gradient of exactly zero means that the model is broken, not that it has learnt everything."""
 
 OnEval = Callable[[PreTrainedModel], Scoring]
 
@@ -70,6 +65,8 @@ def train(
     *,
     settings: Train,
     run: RunFolder,
+    tasks: Sequence[str] = (),
+    dev_tasks: Sequence[str] = (),
     on_eval: OnEval | None = None,
     console: Console | None = None,
 ) -> Outcome:
@@ -84,24 +81,21 @@ def train(
         dev_examples: examples for the dev loss; may be empty.
         settings: the recipe's `train` part.
         run: where checkpoints, metrics and the adapter go.
+        tasks: for each example, the name its loss is told under; none: the loss of all is told alone.
+        dev_tasks: the same for `dev_examples`.
         on_eval: scores the model on the dev rows by generation; without it the dev loss chooses the best step.
         console: where progress is shown.
     """
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
     base = base_model(model)
-    if settings.gradient_checkpointing:
-        base.activation_checkpointing_enable()
     plan = make_plan(base, examples, weights, settings)
     console.print(plan.describe(), soft_wrap=True)
-    torch.manual_seed(settings.seed)
-    accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision=_mixed_precision(base))
-    optimiser = _make_optimiser(model, settings)
-    scheduler = _make_scheduler(optimiser, settings, plan.steps)
-    trained = TrainedModel(base, packing=settings.packing)
-    trained, optimiser = accelerator.prepare(trained, optimiser)
-    check_head(trained, make_probe(examples).to(accelerator.device))
+    setup = set_up(model, settings, steps=plan.steps)
+    trained, optimiser, scheduler = setup.trained, setup.optimiser, setup.scheduler
+    device = setup.accelerator.device
+    check_head(trained, make_probe(examples).to(device))
 
-    progress = Progress(step=0, compiled=_should_compile(settings, plan.seconds))
+    progress = Progress(step=0, compiled=will_compile(settings, plan.seconds))
     if checkpoints := list_checkpoints(run):
         progress = load_checkpoint(checkpoints[-1], trained, optimiser, scheduler)
         console.print(f"Going on from step {progress.step} ({checkpoints[-1]}).", soft_wrap=True)
@@ -119,9 +113,12 @@ def train(
         for step in range(progress.step + 1, last_step + 1):
             started = time.monotonic()
             epoch, rows = next(order)
-            batches = _step_batches([examples[row] for row in rows], settings, accelerator.device)
-            loss, grad_norm = _take_step(trained, batches, optimiser, scheduler, accelerator, settings)
-            progress = _advance(progress, step, loss, started)
+            row_tasks = [tasks[row] for row in rows] if tasks else [""] * len(rows)
+            batches = step_batches([examples[row] for row in rows], row_tasks, settings, device)
+            loss, grad_norm, token_losses = take_step(setup, batches, settings)
+            if not math.isfinite(grad_norm):
+                display.say(f"Step {step} overflowed float16: nothing learnt, the loss is scaled by half as much now.")
+            progress = _advance(progress, step, loss, sum_by_task(batches, token_losses, row_tasks), started)
             display.advance(step, sum(batch.num_tokens for batch in batches))
 
             last = step == plan.steps
@@ -130,14 +127,15 @@ def train(
                     step=step,
                     epoch=step / plan.steps * settings.epochs,
                     loss=math.fsum(progress.window) / len(progress.window),
+                    task_losses=mean_by_task(progress.task_window),
                     learning_rate=float(scheduler.get_last_lr()[0]),
                     grad_norm=grad_norm,
                 )
-                progress = replace(progress, window=())
+                progress = replace(progress, window=(), task_window={})
             ends_epoch = step == num_steps(weights, batch_size=settings.batch_size, seed=settings.seed,
                                            epochs=epoch + 1)  # fmt: skip
             if _is_due(settings.evaluate_every, step, ends_epoch=ends_epoch, last=last):
-                progress = _score(trained, dev_examples, on_eval, settings, run, model, progress, display)
+                progress = _score(trained, dev_examples, dev_tasks, on_eval, settings, run, model, progress, display)
             stopped_early = 0 < settings.patience <= progress.scorings_since_best
             if _is_due(settings.save_every, step, ends_epoch=ends_epoch, last=last) or interrupted() or stopped_early:
                 save_checkpoint(run, trained, optimiser, scheduler, progress, keep=settings.keep_checkpoints)
@@ -151,46 +149,12 @@ def train(
     return _outcome(progress, plan.steps, finished=True)
 
 
-def _take_step(
-    trained: TrainedModel,
-    batches: Sequence[Batch],
-    optimiser: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    accelerator: Accelerator,
-    settings: Train,
-) -> tuple[float, float]:
-    """One optimiser step over the passes in `batches`; returns the loss per token and the gradient's norm."""
-    total = 0.0
-    for batch in batches:
-        loss = trained(batch)
-        accelerator.backward(loss)
-        total += loss.item()
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
-    # weights so large that a norm layer's variance is infinite give hidden states of zero: no gradient, ever again
-    dead = norm == 0 and total > _DEAD_LOSS
-    if not math.isfinite(total) or not math.isfinite(norm) or dead:
-        raise RunError(
-            f"The loss is {total} and the gradient's norm {norm}: training has diverged. Lower train.learning_rate "
-            f"(now {settings.learning_rate}) and start again under another name, with name=OTHER."
-        )
-    optimiser.step()
-    scheduler.step()
-    optimiser.zero_grad(set_to_none=True)
-    return total, norm
-
-
-def _step_batches(rows: Sequence[Example], settings: Train, device: torch.device) -> list[Batch]:
-    limit, round_to = (settings.tokens_per_pass, ROUND_TOKENS) if settings.packing else (1, 1)
-    batches = make_batches(rows, tokens_per_pass=limit, row_balance=settings.row_balance, round_to=round_to)
-    return [batch.to(device) for batch in batches]
-
-
-def _advance(progress: Progress, step: int, loss: float, started: float) -> Progress:
+def _advance(progress: Progress, step: int, loss: float, task_sums: TaskSums, started: float) -> Progress:
     return replace(
         progress,
         step=step,
         window=(*progress.window, loss),
+        task_window=add_sums(progress.task_window, task_sums),
         seconds=progress.seconds + time.monotonic() - started,
     )
 
@@ -204,6 +168,7 @@ def _is_due(rhythm: int | str, step: int, *, ends_epoch: bool, last: bool) -> bo
 def _score(
     trained: TrainedModel,
     dev_examples: Sequence[Example],
+    dev_tasks: Sequence[str],
     on_eval: OnEval | None,
     settings: Train,
     run: RunFolder,
@@ -215,7 +180,7 @@ def _score(
     if not dev_examples:
         return progress
     started = time.monotonic()
-    loss = _dev_loss(trained, dev_examples, settings)
+    loss, task_losses = dev_loss(trained, dev_examples, dev_tasks, settings)
     scoring = Scoring(overall=-loss, tasks={})
     if on_eval is not None:
         with trained.generating() as generator:
@@ -226,7 +191,8 @@ def _score(
         progress = replace(progress, best_score=scoring.overall, best_step=progress.step, scorings_since_best=0)
     else:
         progress = replace(progress, scorings_since_best=progress.scorings_since_best + 1)
-    run.append_metrics({"kind": "dev", "step": progress.step, "loss": loss, "scores": scoring.tasks})
+    line = {"kind": "dev", "step": progress.step, "loss": loss, "task_losses": task_losses, "scores": scoring.tasks}
+    run.append_metrics(line)
     draw_curve(run.curve, run.read_metrics())
     figures = "  ".join(f"{name} {scores['primary']:.3f}" for name, scores in scoring.tasks.items())
     seconds = time.monotonic() - started
@@ -236,20 +202,26 @@ def _score(
     return progress
 
 
-def _dev_loss(trained: TrainedModel, dev_examples: Sequence[Example], settings: Train) -> float:
-    """Mean loss per supervised token of the dev rows."""
+def dev_loss(
+    trained: TrainedModel, dev_examples: Sequence[Example], dev_tasks: Sequence[str], settings: Train
+) -> tuple[float, dict[str, float]]:
+    """Mean loss per learnt token of the dev rows, of all and by task."""
     device = trained.model.device
+    even = settings.model_copy(update={"row_balance": 0.0, "task_weights": {}})
     trained.eval()
-    total, count = 0.0, 0
+    sums: TaskSums = {}
     with torch.no_grad():
         for start in range(0, len(dev_examples), settings.batch_size):
             rows = dev_examples[start : start + settings.batch_size]
-            supervised = sum(row.num_supervised for row in rows)
-            batches = _step_batches(rows, settings.model_copy(update={"row_balance": 0.0}), device)
-            total += sum(trained(batch).item() for batch in batches) * supervised
-            count += supervised
+            row_tasks = dev_tasks[start : start + settings.batch_size] or [""] * len(rows)
+            batches = step_batches(rows, row_tasks, even, device)
+            token_losses = [torch.empty(len(batch.targets), device=device) for batch in batches]
+            for batch, losses in zip(batches, token_losses, strict=True):
+                trained(batch, losses)
+            sums = add_sums(sums, sum_by_task(batches, token_losses, row_tasks))
     trained.train()
-    return total / count
+    total, count = (math.fsum(part) for part in zip(*sums.values(), strict=True))
+    return total / count, mean_by_task(sums)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -280,36 +252,6 @@ def _outcome(progress: Progress, steps: int, *, finished: bool) -> Outcome:
         best_score=progress.best_score,
         seconds=progress.seconds,
     )
-
-
-def _should_compile(settings: Train, seconds: float) -> bool:
-    return settings.compile == "always" or (
-        settings.compile == "auto" and can_compile() and seconds > COMPILE_REPAYS_SECONDS
-    )
-
-
-def _mixed_precision(model: PreTrainedModel) -> str:
-    """float16 weights need a loss scale; bfloat16 and float32 need nothing."""
-    return "fp16" if model.dtype == torch.float16 and model.device.type == "cuda" else "no"
-
-
-def _make_optimiser(model: PeftModel, settings: Train) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, biases and norms do not."""
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in learnt if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in learnt if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate)
-
-
-def _make_scheduler(
-    optimiser: torch.optim.Optimizer, settings: Train, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    warmup = math.ceil(settings.warmup * steps)
-    scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(name, optimiser, warmup, steps)
-    return scheduler
 
 
 @contextmanager

@@ -54,7 +54,9 @@ def head_of(model: nn.Module) -> Head:
     return Head(weight=layer.weight, bias=layer.bias, softcap=config.get("final_logit_softcapping"), scale=scale)
 
 
-def supervised_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head) -> Tensor:
+def supervised_loss(
+    hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, *, out: Tensor | None = None
+) -> Tensor:
     """The weighted sum of cross-entropies, a float32 scalar that `backward` works on.
 
     Args:
@@ -63,9 +65,10 @@ def supervised_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head
         weights: ``[N]`` float32, each position's share of the loss (1 / supervised tokens of the optimiser step
             gives their mean).
         head: the output layer.
+        out: ``[N]`` float32; takes the cross-entropy of every position, unweighted and without gradient.
     """
     loss: Tensor = _SupervisedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, targets, weights, head.weight, head.bias, head.softcap, head.scale
+        hidden, targets, weights, head.weight, head.bias, head.softcap, head.scale, out
     )
     return loss
 
@@ -81,8 +84,9 @@ class _SupervisedLoss(torch.autograd.Function):
         bias: Tensor | None,
         softcap: float | None,
         scale: float,
+        out: Tensor | None,
     ) -> Tensor:
-        learn_hidden, _, _, learn_weight, learn_bias, _, _ = ctx.needs_input_grad
+        learn_hidden, _, _, learn_weight, learn_bias, _, _, _ = ctx.needs_input_grad
         vocabulary = weight.shape[0]
         rows = max(1, CHUNK_BYTES // (vocabulary * hidden.element_size()))
         grad_hidden = torch.empty_like(hidden) if learn_hidden else None
@@ -103,7 +107,10 @@ class _SupervisedLoss(torch.autograd.Function):
             if softcap is not None:
                 logits.div_(softcap).tanh_().mul_(softcap)
             slopes = None if softcap is None else 1 - (logits / softcap) ** 2
-            total += (_softmax_in_place(logits, targets[part]) * weights[part]).sum()
+            losses = _softmax_in_place(logits, targets[part])
+            total += (losses * weights[part]).sum()
+            if out is not None:
+                out[part] = losses
             # `logits` now holds the probabilities; minus one at the target they are the gradient.
             logits[torch.arange(len(chunk), device=logits.device), targets[part]] -= 1
             if slopes is not None:
@@ -126,7 +133,7 @@ class _SupervisedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = (None if grad is None else grad * upstream.to(grad.dtype) for grad in ctx.grads)
-        return hidden, None, None, weight, bias, None, None
+        return hidden, None, None, weight, bias, None, None, None
 
 
 def _rounded(count: int) -> int:

@@ -37,12 +37,15 @@ class TrainedModel(nn.Module):
         if packing:
             model.set_attn_implementation(PACKED)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The batch's share of the step's loss, a float32 scalar."""
+    def forward(self, batch: Batch, token_losses: Tensor | None = None) -> Tensor:
+        """The batch's share of the step's loss, a float32 scalar.
+
+        `token_losses` ``[N]`` float32, where given, takes the loss of every learnt token, without gradient.
+        """
         extra = {"row_starts": batch.row_starts} if self.packing else {}
         output = self.body(input_ids=batch.token_ids, position_ids=batch.positions, use_cache=False, **extra)
         hidden = output.last_hidden_state[0].index_select(0, batch.predictors)
-        return supervised_loss(hidden, batch.targets, batch.weights, head_of(self.model))
+        return supervised_loss(hidden, batch.targets, batch.weights, head_of(self.model), out=token_losses)
 
     @contextmanager
     def generating(self) -> Iterator[PreTrainedModel]:

@@ -13,6 +13,7 @@ from ..recipe import Train
 from ..render.base import Example
 from ..tuning.methods import count_parameters
 from .batches import num_steps
+from .model import can_compile
 from .progress import format_seconds
 
 _EAGER_EFFICIENCY = 0.35
@@ -71,6 +72,13 @@ def make_plan(model: PreTrainedModel, examples: Sequence[Example], weights: Sequ
         parameters=parameters,
         memory_bytes=_memory(model, per_pass, trainable, checkpointing=settings.gradient_checkpointing),
         seconds=flops * settings.epochs / (_EAGER_EFFICIENCY * _matrix_peak(head.dtype, head.device)),
+    )
+
+
+def will_compile(settings: Train, seconds: float) -> bool:
+    """Whether a run that is estimated to take `seconds` will have its layers compiled."""
+    return settings.compile == "always" or (
+        settings.compile == "auto" and can_compile() and seconds > COMPILE_REPAYS_SECONDS
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,20 +55,32 @@ class TrainingDisplay:
         self._tokens += num_tokens
         self._bar.update(self._task, completed=step, status=f"step {step}/{self._total}  ETA {self._eta(step)}")
 
-    def log(self, *, step: int, epoch: float, loss: float, learning_rate: float, grad_norm: float) -> None:
-        """Print and store the log line; `loss` is the mean since the last one."""
+    def log(
+        self,
+        *,
+        step: int,
+        epoch: float,
+        loss: float,
+        task_losses: Mapping[str, float],
+        learning_rate: float,
+        grad_norm: float,
+    ) -> None:
+        """Print and store the log line; `loss` is the mean since the last one, and so is that of each task."""
         line: dict[str, Any] = {
             "kind": "train",
             "step": step,
             "epoch": round(epoch, 4),
             "loss": loss,
+            "task_losses": dict(task_losses),
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "tokens_per_second": round(self._tokens / max(self._elapsed(), 1e-9), 1),
         }
         self._run.append_metrics(line)
+        parts = "  ".join(f"{task} {value:.3f}" for task, value in task_losses.items())
         self.say(
             f"step {step}/{self._total} ({step / self._total:.0%})  epoch {epoch:.2f}  loss {loss:.4f}  "
+            f"{f'({parts})  ' if len(task_losses) > 1 else ''}"
             f"lr {learning_rate:.2e}  {line['tokens_per_second']:.0f} tokens/s  ETA {self._eta(step)}"
         )
 

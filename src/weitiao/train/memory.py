@@ -1,0 +1,46 @@
+"""How much memory this process has taken at its peak, and how much it may come to take: for plans, in bytes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says what a container may take, version 2 and 1."""
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has taken so far: of the GPU for a GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if (peak := _kilobytes(Path("/proc/self/status"), "VmHWM")) is not None:
+        return peak * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def limit_bytes(device: torch.device) -> int:
+    """The memory that this process may come to take while everything else on the machine stays as it is now."""
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits += [int(text) for path in _CGROUP_LIMITS if (text := _read(path)).isdecimal()]
+    free, own = _kilobytes(Path("/proc/meminfo"), "MemAvailable"), _kilobytes(Path("/proc/self/status"), "VmRSS")
+    limits += [(free + own) * 1024] if free is not None and own is not None else []
+    return min(limits)
+
+
+def _kilobytes(file: Path, key: str) -> int | None:
+    """The figure under `key` in one of Linux's files of figures in kB; None on another system."""
+    lines = [line for line in _read(file).splitlines() if line.startswith(f"{key}:")]
+    return int(lines[0].split()[1]) if lines else None
+
+
+def _read(file: Path) -> str:
+    """The text of a file of the system's, such as ``max``; empty where the system has no such file."""
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""

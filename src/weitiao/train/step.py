@@ -1,0 +1,144 @@
+"""One optimiser step: how a model is made ready for it, what its passes are, how it is taken.
+
+The loop takes thousands of them; a probe takes three to foretell how long that lasts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from ..data.order import share_passes
+from ..errors import RunError
+from ..models.adapters import base_model
+from ..recipe import Train
+from ..render.base import Example
+from .batches import ROUND_TOKENS, Batch, make_batches
+from .model import TrainedModel
+
+_DEAD_LOSS = 0.1
+"""Above this loss a gradient of exactly zero means that the model is broken, not that it has learnt everything."""
+
+_LOWEST_SCALE = 1.0
+"""Where float16 gradients overflow though the loss is scaled by no more than this, halving the scale again is vain. From
+the scale that training starts with, it takes 16 steps in a row to get here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A model ready to learn, and what moves it."""
+
+    trained: TrainedModel
+    optimiser: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    accelerator: Accelerator
+
+
+def set_up(model: PeftModel, settings: Train, *, steps: int) -> Setup:
+    """The trainable parameters of `model` with their optimiser and a schedule of `steps` steps."""
+    base = base_model(model)
+    if settings.gradient_checkpointing:
+        base.activation_checkpointing_enable()
+    torch.manual_seed(settings.seed)
+    accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision=_mixed_precision(base))
+    optimiser = _make_optimiser(model, settings)
+    scheduler = _make_scheduler(optimiser, settings, steps)
+    trained = TrainedModel(base, packing=settings.packing)
+    trained, optimiser = accelerator.prepare(trained, optimiser)
+    return Setup(trained=trained, optimiser=optimiser, scheduler=scheduler, accelerator=accelerator)
+
+
+def _mixed_precision(model: PreTrainedModel) -> str:
+    """float16 weights need a loss scale; bfloat16 and float32 need nothing."""
+    return "fp16" if model.dtype == torch.float16 and model.device.type == "cuda" else "no"
+
+
+def _make_optimiser(model: PeftModel, settings: Train) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, biases and norms do not."""
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in learnt if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in learnt if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate)
+
+
+def _make_scheduler(
+    optimiser: torch.optim.Optimizer, settings: Train, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    warmup = math.ceil(settings.warmup * steps)
+    scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(name, optimiser, warmup, steps)
+    return scheduler
+
+
+def step_batches(
+    rows: Sequence[Example], row_tasks: Sequence[str], settings: Train, device: torch.device
+) -> list[Batch]:
+    """The passes of a step over `rows`, on `device`."""
+    limit, round_to = _pass_rules(settings)
+    batches = make_batches(
+        rows,
+        tokens_per_pass=limit,
+        row_balance=settings.row_balance,
+        row_weights=[settings.task_weights.get(task, 1.0) for task in row_tasks],
+        round_to=round_to,
+    )
+    return [batch.to(device) for batch in batches]
+
+
+def pass_sizes(lengths: Sequence[int], settings: Train) -> list[int]:
+    """The tokens of each pass that `step_batches` makes of rows of these `lengths`, what fills it up included."""
+    limit, round_to = _pass_rules(settings)
+    sizes = (sum(lengths[place] for place in places) for places in share_passes(lengths, tokens_per_pass=limit))
+    return [size + -size % round_to for size in sizes]
+
+
+def _pass_rules(settings: Train) -> tuple[int, int]:
+    """The most tokens of a pass, and the number that its tokens are filled up to a multiple of."""
+    return (settings.tokens_per_pass, ROUND_TOKENS) if settings.packing else (1, 1)
+
+
+def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> tuple[float, float, list[Tensor]]:
+    """One optimiser step over the passes in `batches`.
+
+    Returns the step's loss, the gradient's norm, and for each pass the losses of its learnt tokens. The norm is not
+    finite where float16 gradients overflowed: then nothing was learnt, and the loss is scaled by half as much from now.
+
+    Raises:
+        RunError: training has diverged.
+    """
+    trained, accelerator = setup.trained, setup.accelerator
+    total = 0.0
+    token_losses = [torch.empty(len(batch.targets), device=batch.targets.device) for batch in batches]
+    for batch, losses in zip(batches, token_losses, strict=True):
+        loss = trained(batch, losses)
+        accelerator.backward(loss)
+        total += loss.item()
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
+    # weights so large that a norm layer's variance is infinite give hidden states of zero: no gradient, ever again
+    dead = norm == 0 and total > _DEAD_LOSS
+    if not math.isfinite(total) or dead or not (math.isfinite(norm) or _may_lower_scale(accelerator)):
+        raise RunError(
+            f"The loss is {total} and the gradient's norm {norm}: training has diverged. Lower train.learning_rate "
+            f"(now {settings.learning_rate}) and start again under another name, with name=OTHER."
+        )
+    setup.optimiser.step()
+    if not accelerator.optimizer_step_was_skipped:
+        setup.scheduler.step()
+    setup.optimiser.zero_grad(set_to_none=True)
+    return total, norm, token_losses
+
+
+def _may_lower_scale(accelerator: Accelerator) -> bool:
+    """Whether the loss is scaled, as for float16, and by so much that less may end the overflow."""
+    return accelerator.scaler is not None and accelerator.scaler.get_scale() > _LOWEST_SCALE
