@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from weitiao.data.order import epoch_order, epoch_sizes, num_steps, share_passes, step_rows
 from weitiao.recipe import Lora
 from weitiao.render.base import Example
-from weitiao.train.batches import Batch, epoch_order, make_batches, num_steps, step_rows
+from weitiao.train.batches import Batch, make_batches
 from weitiao.train.model import TrainedModel
 from weitiao.tuning.methods import add_adapter
 
@@ -163,6 +164,21 @@ def test_weights_of_a_step_sum_to_one_for_any_row_balance(
 
 @settings(max_examples=30)
 @given(rows=examples)
+@given(weights=st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0]), max_size=20), seed=st.integers(0, 9))
+def test_epochs_are_counted_without_drawing_them(weights: list[float], seed: int) -> None:
+    drawn = [len(epoch_order(weights, seed=seed, epoch=epoch)) for epoch in range(4)]
+    assert epoch_sizes(weights, seed=seed, epochs=4) == drawn
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), tokens_per_pass=st.integers(1, 90))
+def test_every_row_has_one_pass_and_no_two_passes_could_be_one(lengths: list[int], tokens_per_pass: int) -> None:
+    passes = share_passes(lengths, tokens_per_pass=tokens_per_pass)
+    assert sorted(place for places in passes for place in places) == list(range(len(lengths)))
+    sizes = [sum(lengths[place] for place in places) for places in passes]
+    assert all(size <= tokens_per_pass or len(places) == 1 for size, places in zip(sizes, passes, strict=True))
+    assert all(one + other > tokens_per_pass for one, other in itertools.combinations(sizes, 2))
+
+
 def test_row_balance_0_weighs_tokens_equally_and_1_weighs_rows_equally(rows: list[Example]) -> None:
     tokens = torch.cat([batch.weights for batch in make_batches(rows, tokens_per_pass=20, row_balance=0)])
     torch.testing.assert_close(tokens, torch.full_like(tokens, 1 / len(tokens)))

@@ -15,6 +15,7 @@ from ..data.lengths import Lengths
 from ..data.privacy import find_personal_data
 from ..data.records import Record
 from ..tasks.answers import TaskSummary
+from .plan import Plan
 
 Side = Literal["train", "dev"]
 
@@ -99,6 +100,8 @@ class Checkup:
     tokenizer: str
     """Where the tokenizer was found; empty when lengths are in characters only."""
     next_command: str
+    plan: Plan | None = None
+    """What training takes; None where no model was named, or its tokenizer is not on this machine."""
 
     @property
     def rows(self) -> int:
@@ -157,6 +160,7 @@ class Checkup:
             "limits": [{"limit": one.limit, "over": one.over, "unit": self.limits_unit} for one in self.limits],
             "personal_data": dict(self.personal_data),
             "tokenizer": self.tokenizer,
+            "plan": self.plan.to_json() if self.plan else None,
             "next": self.next_command,
         }
 

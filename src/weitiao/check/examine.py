@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ..data.doctor import Doctor
 from ..data.files import KNOWN_ENDINGS, find_files
@@ -29,6 +30,7 @@ from ..recipe import Data, Recipe, Source, load_recipe, make_recipe
 from ..tasks.answers import AnswerWatch
 from ..tasks.base import Task, infer_tasks
 from .checkup import Checkup, Excerpt, FileCheck, LengthLimit, Side, excerpt
+from .plan import Plan, TrainTokens
 from .token_counts import TokenCounter, open_counter
 
 MAX_KEPT = 50_000
@@ -134,6 +136,15 @@ def read_source(source: Source, data: Data, count: RowCount | None = None) -> It
     return iter_records_or_problems(source.path, options=read_options(source, data), count=count)
 
 
+class _Row(NamedTuple):
+    """One accepted row and how it is used."""
+
+    record: Record
+    side: Side
+    weight: float
+    """How often training sees it per epoch."""
+
+
 class _Examination:
     """One run of a check: reads the rows, infers the tasks, shows every row to those who watch."""
 
@@ -143,26 +154,28 @@ class _Examination:
         self._sources: list[tuple[Source, Side]] = [(source, "train") for source in data.train]
         self._sources += [(source, "dev") for source in data.dev]
         self._doctor = Doctor()
-        self._kept: list[tuple[Record, Side]] = []
+        self._kept: list[_Row] = []
         self._num_read = 0
         self._used: dict[str, frozenset[int]] = {}
         self._limited: list[str] = []
         self._lengths = LengthCount("tokens" if counter else "characters", "example")
         self._waiting: list[tuple[tuple[Message, ...], str]] = []
+        self._waiting_weights: list[float] = []
+        self._train_tokens = TrainTokens()
         self._places: list[str] = []
 
     def run(self) -> Checkup:
         files = self._read()
-        inferred = infer_tasks([record for record, _ in self._kept]) if self._kept else ()
+        inferred = infer_tasks([row.record for row in self._kept]) if self._kept else ()
         tasks = merge_tasks(inferred, self._subject.recipe.tasks)
         answers = AnswerWatch(tasks)
         samples: defaultdict[str, list[Excerpt]] = defaultdict(list)
         sides: Counter[Side] = Counter()
-        for record, side in self._rows(tasks):
+        for record, side, weight in self._rows(tasks):
             task = answers.add(record, side=side)
             name, free = (task.name, task.kind == "text") if task else ("", True)
             self._doctor.add(record, side=side, task=name, free=free)
-            self._measure(record, task)
+            self._measure(record, task, weight if side == "train" else 0)
             sides[side] += 1
             if len(samples[name]) < SAMPLES_PER_TASK:
                 samples[name].append(excerpt(record, name))
@@ -185,6 +198,7 @@ class _Examination:
             excerpts=self._excerpts(findings),
             tokenizer=str(self._counter.folder) if self._counter else "",
             next_command=_next_command(self._subject, findings),
+            plan=self._plan(),
         )
 
     # ---- reading ----
@@ -204,7 +218,7 @@ class _Examination:
                         problems.append(item)
                     else:
                         formats[recognise_format(item.raw) or "unknown"] += 1
-                        self._keep(item, side, rng)
+                        self._keep(_Row(item, side, source.weight), rng)
             except DataError as error:
                 complaints.append(str(error).splitlines()[0])
                 problems += error.problems
@@ -231,20 +245,20 @@ class _Examination:
             self._kept[start:] = [self._kept[start + place] for place in places]
             self._num_read -= count - limit
 
-    def _keep(self, record: Record, side: Side, rng: random.Random) -> None:
+    def _keep(self, row: _Row, rng: random.Random) -> None:
         """Keep the row or, past `MAX_KEPT`, let it take another's place by chance (reservoir sampling)."""
         self._num_read += 1
         if len(self._kept) < MAX_KEPT:
-            self._kept.append((record, side))
+            self._kept.append(row)
         elif (place := rng.randrange(self._num_read)) < MAX_KEPT:
-            self._kept[place] = (record, side)
+            self._kept[place] = row
 
     @property
     def _is_sample(self) -> bool:
         return self._num_read > len(self._kept)
 
-    def _rows(self, tasks: Sequence[Task]) -> Iterator[tuple[Record, Side]]:
-        """Every accepted row with its side; read again where not all were kept.
+    def _rows(self, tasks: Sequence[Task]) -> Iterator[_Row]:
+        """Every accepted row with its side and weight; read again where not all were kept.
 
         Held-out rows are set apart only where all were kept: they never share an input with a train row.
         """
@@ -254,18 +268,22 @@ class _Examination:
                 items = read_source(source, data)
                 records = (item for item in items if isinstance(item, Record))
                 used = self._used.get(source.path)
-                yield from ((row, side) for place, row in enumerate(records) if used is None or place in used)
+                for place, record in enumerate(records):
+                    if used is None or place in used:
+                        yield _Row(record, side, source.weight)
         elif data.dev or not data.held_out:
             yield from self._kept
         else:
-            kept = [record for record, _ in self._kept]
+            kept = [row.record for row in self._kept]
             strata = [stratum(record, tasks) for record in kept]
             apart = hold_out(kept, strata, share=data.held_out, seed=self._subject.recipe.train.seed)
-            yield from ((record, "dev" if place in apart else "train") for place, record in enumerate(kept))
+            for place, row in enumerate(self._kept):
+                yield row._replace(side="dev") if place in apart else row
 
     # ---- lengths ----
 
-    def _measure(self, record: Record, task: Task | None) -> None:
+    def _measure(self, record: Record, task: Task | None, weight: float) -> None:
+        """Count the row's length; `weight`: how often training sees it per epoch, 0 for a dev row."""
         answer = record.target
         text = answer if isinstance(answer, str) else task.form.style.dumps(answer) if task else repr(answer)
         self._places.append(record.source)
@@ -273,13 +291,28 @@ class _Examination:
             self._lengths.add(sum(len(message.text) for message in record.messages) + len(text))
             return
         self._waiting.append((record.messages, text))
+        self._waiting_weights.append(weight)
         if len(self._waiting) >= _BATCH_ROWS:
             self._flush()
 
     def _flush(self) -> None:
         if self._counter is not None and self._waiting:
-            self._lengths.add(*self._counter.count(self._waiting))
-            self._waiting = []
+            counts = self._counter.count(self._waiting, turns=self._subject.recipe.data.turns)
+            self._lengths.add(*(count.total for count in counts))
+            for count, weight in zip(counts, self._waiting_weights, strict=True):
+                if weight:
+                    self._train_tokens.add(total=count.total, learnt=count.learnt, weight=weight)
+            self._waiting, self._waiting_weights = [], []
+
+    def _plan(self) -> Plan | None:
+        """What training comes to; None without a recipe, or where the model's tokenizer is not on this machine."""
+        recipe = self._subject.recipe
+        if not self._subject.is_recipe or self._counter is None:
+            return None
+        work = self._train_tokens.workload(recipe.data, recipe.train)
+        if work is None:
+            return None
+        return Plan(work=work, price_per_hour=recipe.train.price_per_hour, currency=recipe.train.currency)
 
     def _limits(self) -> tuple[LengthLimit, ...]:
         own = {self._max_length} if self._max_length else set()
@@ -292,27 +325,31 @@ class _Examination:
         )
 
     def _too_long(self) -> Iterator[Finding]:
-        data = self._subject.recipe.data
-        limit = self._max_length or (data.max_length if self._subject.is_recipe and self._counter else None)
-        places = self._lengths.over(limit) if limit else []
-        if limit and places:
-            policy = {
-                "error": "Training stops before its first step.",
-                "drop": "Training leaves them out.",
-                "shorten_input": "Training shortens their texts from the end.",
-            }
-            longest = max(map(self._lengths.value, places))
-            about = "about " if self._counter else ""
-            yield Finding(
-                code="too-long",
-                grade="warning",
-                title=f"At max_length {limit:,}, {count_of(len(places), 'row')} would not fit",
-                message=f"{policy[data.overlong]} The longest has {about}{longest:,} {self._lengths.unit}.",
-                sources=tuple(self._places[place] for place in places),
-                details=tuple(f"{about}{self._lengths.value(place):,} {self._lengths.unit}" for place in places),
-                count=len(places),
-                fix=f"Set data.max_length={longest + longest // 20} or data.overlong=shorten_input, or shorten them.",
-            )
+        own = self._subject.recipe.data.max_length if self._subject.is_recipe and self._counter else None
+        for limit in sorted({limit for limit in (own, self._max_length) if limit}):
+            if places := self._lengths.over(limit):
+                yield self._longer_than(limit, places, is_own=limit == own)
+
+    def _longer_than(self, limit: int, places: Sequence[int], *, is_own: bool) -> Finding:
+        """The rows at `places` are longer than `limit`, which is the recipe's own or the one asked about."""
+        overlong = self._subject.recipe.data.overlong
+        policy = {
+            "error": "Training stops before its first step.",
+            "drop": "Training leaves them out.",
+            "shorten_input": "Training shortens their texts from the end.",
+        }
+        longest = max(map(self._lengths.value, places))
+        about = "about " if self._counter else ""
+        return Finding(
+            code="too-long",
+            grade="error" if is_own and overlong == "error" else "warning",
+            title=f"At max_length {limit:,}, {count_of(len(places), 'row')} would not fit",
+            message=f"{policy[overlong]} The longest has {about}{longest:,} {self._lengths.unit}.",
+            sources=tuple(self._places[place] for place in places),
+            details=tuple(f"{about}{self._lengths.value(place):,} {self._lengths.unit}" for place in places),
+            count=len(places),
+            fix=f"Set data.max_length={longest + longest // 20} or data.overlong=shorten_input, or shorten them.",
+        )
 
     # ---- what else is to be said ----
 
@@ -348,7 +385,7 @@ class _Examination:
 
     def _excerpts(self, findings: Iterable[Finding]) -> dict[str, Excerpt]:
         wanted = {source for finding in findings for source in finding.sources[:EXCERPTS_PER_FINDING]}
-        return {record.source: excerpt(record, "") for record, _ in self._kept if record.source in wanted}
+        return {row.record.source: excerpt(row.record, "") for row in self._kept if row.record.source in wanted}
 
 
 def _next_command(subject: Subject, findings: Sequence[Finding]) -> str:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import ModelError
 from ..messages import Message
@@ -35,6 +35,14 @@ class TemplateCost:
     """More for each message after the first."""
 
 
+class TokenCount(NamedTuple):
+    """The tokens of one conversation."""
+
+    total: int
+    learnt: int
+    """Those of the replies that are learnt, each with its end token."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenCounter:
     """Counts the tokens of conversations in one model's format."""
@@ -43,16 +51,27 @@ class TokenCounter:
     tokenizer: Tokenizer
     cost: TemplateCost
 
-    def count(self, conversations: Sequence[tuple[Sequence[Message], str]]) -> list[int]:
-        """The tokens of each conversation with its answer, end token included."""
+    def count(
+        self,
+        conversations: Sequence[tuple[Sequence[Message], str]],
+        *,
+        turns: Literal["flagged", "all", "last"] = "flagged",
+    ) -> list[TokenCount]:
+        """The tokens of each conversation with its answer, end token included; `turns`: which replies are learnt."""
         texts = [text for messages, answer in conversations for text in (*(m.text for m in messages), answer)]
         lengths = iter([len(encoding) for encoding in self._encode(texts)])
         counts = []
         for messages, _ in conversations:
+            own = [next(lengths) for _ in range(len(messages) + 1)]
             num_system = sum(message.role == "system" for message in messages)
-            own = sum(next(lengths) for _ in range(len(messages) + 1))
-            turns = len(messages) - num_system - 1
-            counts.append(own + self.cost.once + self.cost.system * num_system + self.cost.turn * turns)
+            more_turns = len(messages) - num_system - 1
+            earlier = sum(
+                length + 1
+                for message, length in zip(messages, own, strict=False)
+                if message.role == "assistant" and (turns == "all" or (turns == "flagged" and message.learn))
+            )
+            added = self.cost.once + self.cost.system * num_system + self.cost.turn * more_turns
+            counts.append(TokenCount(sum(own) + added, earlier + own[-1] + 1))
         return counts
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:

@@ -1,6 +1,6 @@
 """Several files of rows → one set to learn from, and the choice of rows to score on: seeded, stratified, grouped.
 
-Knows records only. The order within an epoch is drawn from the weights in `train/batches.py`.
+Knows records only. The order within an epoch is drawn from the weights in `order.py`.
 """
 
 from __future__ import annotations

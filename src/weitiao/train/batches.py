@@ -1,21 +1,19 @@
-"""Which rows make up each optimiser step, and how a step's rows are laid out in memory.
+"""How the rows of an optimiser step are laid out in memory; which rows they are is `data/order.py`'s business.
 
-The order is a pure function of seed and epoch, so a resumed run sees what it would have seen. Rows of a step are
-laid end to end (packed): no padding, no mask, and the result does not depend on how they were cut into passes.
+They are laid end to end (packed): no padding, no mask, and the result does not depend on how they were cut into passes.
 
 Shapes: T tokens of one forward pass, R rows in it, N supervised positions.
 """
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..data.order import share_passes
 from ..render.base import Example
 
 ROUND_TOKENS = 128
@@ -63,51 +61,6 @@ class Batch:
         )
 
 
-def epoch_order(weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
-    """The rows of one epoch in random order: a row of weight 2 twice, of weight 0.5 in every other epoch.
-
-    A fractional row's epochs are evenly spaced from a random first one, so a few epochs cannot miss it by chance.
-
-    Args:
-        weights: for each row, how often it is seen per epoch.
-        seed: the run's seed.
-        epoch: number of the epoch, from 0.
-    """
-    phases = random.Random(f"{seed}/phases")
-    order = [row for row, weight in enumerate(weights) for _ in range(_times(weight, epoch, phases.random()))]
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
-
-
-def _times(weight: float, epoch: int, phase: float) -> int:
-    """How often a row is seen in `epoch`: over any epochs in a row, their number times `weight`, rounded."""
-    share = weight % 1
-    return int(weight) + math.floor((epoch + 1) * share + phase) - math.floor(epoch * share + phase)
-
-
-def step_rows(
-    weights: Sequence[float], *, batch_size: int, seed: int, first_step: int
-) -> Iterator[tuple[int, list[int]]]:
-    """Endless ``(epoch, rows)`` of the optimiser steps, from step number `first_step` on. No row is ever left over."""
-    step, epoch = 0, 0
-    while True:
-        order = epoch_order(weights, seed=seed, epoch=epoch)
-        for start in range(0, len(order), batch_size):
-            if step >= first_step:
-                yield epoch, order[start : start + batch_size]
-            step += 1
-        epoch += 1
-
-
-def num_steps(weights: Sequence[float], *, batch_size: int, seed: int, epochs: float) -> int:
-    """Optimiser steps in `epochs` epochs, the last one perhaps a part."""
-    whole = int(epochs)
-    per_epoch = [
-        -(-len(epoch_order(weights, seed=seed, epoch=epoch)) // batch_size) for epoch in range(whole + (epochs > whole))
-    ]
-    return max(1, sum(per_epoch[:whole]) + round((epochs - whole) * (per_epoch[-1] if epochs > whole else 0)))
-
-
 def make_batches(
     rows: Sequence[Example],
     *,
@@ -131,17 +84,7 @@ def make_batches(
         factor * max(1, row.num_supervised) ** -row_balance for row, factor in zip(rows, factors, strict=True)
     ]
     total = sum(weight * row.num_supervised for weight, row in zip(answer_weights, rows, strict=True))
-    passes: list[list[int]] = []
-    room: list[int] = []
-    for place in sorted(range(len(rows)), key=lambda place: (-len(rows[place]), place)):  # first fit, longest first
-        size = len(rows[place])
-        fitting = next((number for number, free in enumerate(room) if free >= size), None)
-        if fitting is None:
-            passes.append([place])
-            room.append(tokens_per_pass - size)
-        else:
-            passes[fitting].append(place)
-            room[fitting] -= size
+    passes = share_passes([len(row) for row in rows], tokens_per_pass=tokens_per_pass)
     shares = [weight / total for weight in answer_weights]
     return [_pack(rows, places, shares, round_to) for places in passes]
 

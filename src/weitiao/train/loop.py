@@ -19,15 +19,17 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from ..data.order import num_steps, step_rows
 from ..models.adapters import base_model
 from ..recipe import Train
 from ..render.base import Example
 from ..runs import RunFolder, write_folder
-from .batches import make_probe, num_steps, step_rows
+from .batches import make_probe
 from .checkpoint import Progress, list_checkpoints, load_checkpoint, rust_os_errors, save_checkpoint
 from .model import TrainedModel, check_head
 from .plan import make_plan, will_compile
 from .progress import TrainingDisplay, draw_curve, format_seconds
+from .step import set_up, step_batches, take_step
 from .task_losses import TaskSums, add_sums, mean_by_task, sum_by_task
 
 
@@ -117,7 +119,9 @@ def train(
             batches = step_batches([examples[row] for row in rows], row_tasks, settings, device)
             loss, grad_norm, token_losses = take_step(setup, batches, settings)
             if not math.isfinite(grad_norm):
-                display.say(f"Step {step} overflowed float16: nothing learnt, the loss is scaled by half as much now.")
+                display.say(
+                    f"Step {step}: the gradient overflowed float16. Nothing was learnt; the loss scale is halved."
+                )
             progress = _advance(progress, step, loss, sum_by_task(batches, token_losses, row_tasks), started)
             display.advance(step, sum(batch.num_tokens for batch in batches))
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from ..data.order import num_steps
 from ..recipe import Train
 from ..render.base import Example
 from ..tuning.methods import count_parameters
-from .batches import num_steps
 from .model import can_compile
 from .progress import format_seconds
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ class TrainingDisplay:
             "loss": loss,
             "task_losses": dict(task_losses),
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # float16 gradients may overflow
             "tokens_per_second": round(self._tokens / max(self._elapsed(), 1e-9), 1),
         }
         self._run.append_metrics(line)

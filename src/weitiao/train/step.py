@@ -28,8 +28,8 @@ _DEAD_LOSS = 0.1
 """Above this loss a gradient of exactly zero means that the model is broken, not that it has learnt everything."""
 
 _LOWEST_SCALE = 1.0
-"""Where float16 gradients overflow though the loss is scaled by no more than this, halving the scale again is vain. From
-the scale that training starts with, it takes 16 steps in a row to get here."""
+"""Where float16 gradients overflow though the loss is scaled by no more than this, halving the scale again is vain.
+From the scale that training starts with, it takes 16 steps in a row to get here."""
 
 
 @dataclass(frozen=True, kw_only=True)
