@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .contract import Contract
-from .data.records import Record, digest_records, read_records
+from .data.reading import Said, read_like
+from .data.records import Record, digest_records
 from .dataset import load_dataset
 from .environment import environment
 from .errors import DataError, FormError, Problem
@@ -64,6 +65,7 @@ def evaluate_run(
     data: str | Path | None = None,
     base: bool | None = None,
     base_model: str | None = None,
+    said: Said | None = None,
     console: Console | None = None,
 ) -> Evaluation:
     """Score the run at `path` on its dev rows, or on the rows of the file `data`, and write the reports.
@@ -73,8 +75,13 @@ def evaluate_run(
         data: another file of labelled rows.
         base: score the base model as well; by default as the recipe says.
         base_model: where the base model lies now, if it was moved.
+        said: how the rows of `data` are to be read and asked, where otherwise than those the run learnt from.
         console: where progress is shown.
     """
+    if data is None and said not in (None, Said()):
+        raise DataError(
+            "--format, --prompt, --system, --encoding and --sheet say how the file of --data is read. Give one."
+        )
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
     run, contract, opened = open_run(path, base_model=base_model)
     recipe = load_recipe(run.recipe)
@@ -88,7 +95,7 @@ def evaluate_run(
             )
         records, name = list(dataset.dev), "dev"
     else:
-        records, name = read_records(data), Path(data).stem
+        records, name = read_like(contract.reading, data, said=said), Path(data).stem
     if not records:
         raise DataError(f"There are no dev rows to score: {run.path} held none apart. Give some with --data FILE.")
     assigned = _assign(records, tasks)
@@ -140,14 +147,17 @@ def predict_file(
     out: str | Path,
     *,
     base_model: str | None = None,
+    said: Said | None = None,
     console: Console | None = None,
 ) -> tuple[int, int]:
     """Answer every row of the file `rows` with the run at `path`, writing JSON lines to `out`.
 
-    Rows need no answer of their own. Returns (rows, answers in the labelled form).
+    Rows need no answer of their own. They are read and asked as those the run learnt from, or as `said`.
+    Returns (rows, answers in the labelled form).
     """
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
-    records = read_records(rows, require_target=False)
+    kept = Contract.read(RunFolder.open(path).contract).reading
+    records = read_like(kept, rows, said=said, require_target=False)  # bad rows show before the model takes its seconds
     _, contract, opened = open_run(path, base_model=base_model)
     tasks = [Task.from_json(task) for task in contract.tasks]
     assigned = _assign(records, tasks)

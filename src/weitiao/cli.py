@@ -9,12 +9,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from .data.reading import Said
 from .errors import DataError, WeitiaoError
 
 app = typer.Typer(
@@ -38,6 +39,17 @@ RunArgument = Annotated[Path, typer.Argument(help="A finished run, such as runs/
 BaseModel = Annotated[
     str | None, typer.Option("--base-model", help="Where the base model lies now, if it was moved since training.")
 ]
+RowFormatName = Annotated[
+    str | None, typer.Option("--format", help="Name of the rows' format; by default told from the rows.")
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(help='How a question is written from a row\'s fields, such as "Which class?\\n\\n{text}".'),
+]
+System = Annotated[str | None, typer.Option(help="The system message of rows that have none.")]
+Encoding = Literal["utf-8", "gb18030"]
+FileEncoding = Annotated[Encoding, typer.Option(help="Of text files; gb18030 also reads GBK and GB2312.")]
+Sheet = Annotated[str | None, typer.Option(help="Name of a spreadsheet's sheet; by default the first.")]
 
 MAX_PROBLEMS = 200
 """Problems printed at most; the count is always whole."""
@@ -66,6 +78,14 @@ def _reporting_errors() -> Iterator[None]:
 def _summary(error: DataError) -> str:
     """What `error` says before its list of problems: one sentence, or one for each file that cannot be used."""
     return str(error).removesuffix("".join(f"\n  {problem}" for problem in error.problems))
+
+
+def _said(
+    row_format: str | None, prompt: str | None, system: str | None, encoding: Encoding, sheet: str | None
+) -> Said:
+    """What the options say of a file of rows; a shell's \\n in a prompt is a line end."""
+    prompt = prompt.replace("\\n", "\n") if prompt is not None else None
+    return Said(format=row_format, prompt=prompt, system=system, encoding=encoding, sheet=sheet)
 
 
 @app.command()
@@ -111,6 +131,14 @@ def check(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Count the rows longer than this, in tokens, else in characters.")
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Load the recipe's model as well, take three training steps and throw them away: foretells memory, "
+            "time and, with train.price_per_hour, cost on this machine.",
+        ),
+    ] = False,
 ) -> None:
     """Name every problem of the data at once, in seconds, without loading a model.
 
@@ -126,6 +154,12 @@ def check(
         try:
             subject = find_subject(what)
             checkup = check_subject(subject, max_length=max_length)
+            if plan:
+                from .probe import add_forecast
+
+                checkup = add_forecast(subject, checkup)
+                if checkup.plan is None or checkup.plan.forecast is None:
+                    err.print("No steps were taken, for these rows cannot be trained on: mend the errors first.")
         except DataError as error:
             if as_json:
                 found = [
@@ -206,19 +240,29 @@ def train(
 def evaluate(
     run: RunArgument,
     data: Annotated[
-        Path | None, typer.Option(help="Another file of labelled rows; by default the run's dev rows.")
+        str | None, typer.Option(help="Another file of labelled rows; by default the run's dev rows.")
     ] = None,
     base: Annotated[
         bool | None,
         typer.Option("--base/--no-base", help="Score the base model as well; by default as the recipe says."),
     ] = None,
     base_model: BaseModel = None,
+    row_format: RowFormatName = None,
+    prompt: Prompt = None,
+    system: System = None,
+    encoding: FileEncoding = "utf-8",
+    sheet: Sheet = None,
 ) -> None:
-    """Score the tuned model against its base model, task by task; write JSON, Markdown and an HTML page."""
+    """Score the tuned model against its base model, task by task; write JSON, Markdown and an HTML page.
+
+    The rows of --data are asked as the rows that the run learnt from, with its prompt, system message and placeholders,
+    unless --prompt, --system and the like say otherwise; --prompt "" and --system "" ask without any.
+    """
     with _reporting_errors():
+        said = _said(row_format, prompt, system, encoding, sheet)
         from .apply import evaluate_run
 
-        evaluation = evaluate_run(run, data=data, base=base, base_model=base_model, console=err)
+        evaluation = evaluate_run(run, data=data, base=base, base_model=base_model, said=said, console=err)
     table = Table("task", "rows", "metric", *(["base"] if evaluation.base else []), "tuned", "95 %", "in form")
     bases = {score.task: score for score in evaluation.base}
     for score in evaluation.tuned:
@@ -237,15 +281,25 @@ def evaluate(
 @app.command()
 def predict(
     run: RunArgument,
-    rows: Annotated[Path, typer.Argument(help="A .jsonl file of rows; they need no answer of their own.")],
+    rows: Annotated[str, typer.Argument(help="A file of rows, as for training; they need no answer of their own.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the answers, one JSON line per row.")],
     base_model: BaseModel = None,
+    row_format: RowFormatName = None,
+    prompt: Prompt = None,
+    system: System = None,
+    encoding: FileEncoding = "utf-8",
+    sheet: Sheet = None,
 ) -> None:
-    """Answer every row with the tuned model. A broken-off prediction goes on where it stopped."""
+    """Answer every row with the tuned model. A broken-off prediction goes on where it stopped.
+
+    Rows are asked as those that the run learnt from, with its prompt, system message and placeholders, unless --prompt,
+    --system and the like say otherwise; --prompt "" and --system "" ask without any.
+    """
     with _reporting_errors():
+        said = _said(row_format, prompt, system, encoding, sheet)
         from .apply import predict_file
 
-        count, valid = predict_file(run, rows, output, base_model=base_model, console=err)
+        count, valid = predict_file(run, rows, output, base_model=base_model, said=said, console=err)
     out.print(f"{count} answers in {output}, {valid} of them ({valid / count:.1%}) in the labelled form.")
 
 

@@ -45,6 +45,8 @@ class Contract:
     """Whether the text of a longer input is shortened, as it was in training."""
     data_fingerprint: str
     dtype: str
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    """How the rows were asked, as `data.reading.describe_sources` says it; empty: as their formats do."""
     versions: Mapping[str, str] = field(default_factory=dict)
     version: int = VERSION
 
@@ -69,8 +71,8 @@ class Contract:
                 f"Use the weitiao version that wrote it: {data.get('versions', {}).get('weitiao', 'unknown')}."
             )
         known = {part.name for part in fields(cls)}
-        if data.keys() != known:
-            odd = ", ".join(sorted(data.keys() ^ known))
+        if data.keys() | {"reading"} != known:  # contracts of the first runs say nothing of reading: it was plain then
+            odd = ", ".join(sorted((data.keys() | {"reading"}) ^ known))
             raise ContractError(f"The contract {path} cannot be read: {odd} missing or unknown. Train the run again.")
         return cls(**{**data, "stop_ids": tuple(data["stop_ids"]), "tasks": tuple(data["tasks"])})
 

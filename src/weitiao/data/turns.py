@@ -88,7 +88,7 @@ def turns_to_record(
         findings.add(
             conversation.key,
             "holds the whole conversation, but the source names a prompt template, which would change nothing.",
-            "Remove prompt from this source in the recipe.",
+            'Remove prompt from this source in the recipe; on the command line: --prompt "".',
         )
     if findings.problems:
         return findings.problems
