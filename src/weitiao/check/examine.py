@@ -217,7 +217,7 @@ class _Examination:
                     if isinstance(item, Problem):
                         problems.append(item)
                     else:
-                        formats[recognise_format(item.raw) or "unknown"] += 1
+                        formats[source.format or recognise_format(item.raw) or "unknown"] += 1
                         self._keep(_Row(item, side, source.weight), rng)
             except DataError as error:
                 complaints.append(str(error).splitlines()[0])
