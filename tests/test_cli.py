@@ -33,6 +33,7 @@ VERBS = {
     "evaluate": "Score the tuned model against its base model",
     "predict": "Answer every row with the tuned model",
     "import-chats": "every message is accounted for",
+    "check-leaks": "Count which secrets of a chat log",
     "schema": "JSON Schema of recipes",
 }
 TEXTS = ("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账")

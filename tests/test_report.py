@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,21 @@ class Page(HTMLParser):
 
 
 # ---- the page -------------------------------------------------------------------------------------------------
+
+
+def test_the_worst_rows_show_the_whole_conversation_escaped() -> None:
+    before = (("tools", '{"name": "weather"}'), ("system", "你是助手。"), ("user", EVIL), ("assistant", "好的。"))
+    asked = replace(row(CHAT, "晴", "雨", prompt="那明天呢？"), before=before)
+    made = report((CHAT,), base=[row(CHAT, "晴", "雪")], tuned=[asked])
+    page = Page(made.to_html())
+    assert "img" not in page.tags and "alert(1)" not in "".join(page.scripts)
+    places = [page.text.index(text) for text in ("weather", "你是助手。", "<img src=x", "好的。", "那明天呢？")]
+    assert places == sorted(places)
+    for speaker in ("tools", "system", "user", "assistant", "asked"):
+        assert f" {speaker} " in page.text
+    markdown = made.to_markdown()
+    assert "- system: ` 你是助手。 `" in markdown and "- input: ` 那明天呢？ `" in markdown
+    assert made.to_json()["worst"][0]["before"][1] == ["system", "你是助手。"]
 
 
 def test_the_page_shows_figures_reasons_and_differences() -> None:

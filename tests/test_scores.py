@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +362,7 @@ def test_predictions_read_back_as_written(tmp_path: Path) -> None:
     rows = (
         prediction(CHAT, "a\u2028b\r\n", "\ud800 \x00 \U0001f34e", line=1, finish="length"),
         prediction(TOPICS, ["水果"], "", line=2),
+        replace(prediction(CHAT, "a", "b", line=3), before=(("system", "S"), ("user", "U\n"), ("assistant", ""))),
     )
     write_predictions(rows, tmp_path / "predictions.jsonl")
     assert read_predictions(tmp_path / "predictions.jsonl") == rows
@@ -370,12 +372,12 @@ def test_predictions_read_back_as_written(tmp_path: Path) -> None:
 
 def test_every_line_that_is_no_prediction_is_named(tmp_path: Path) -> None:
     good = prediction(CHAT, "a", "b").to_json()
-    bad = [good | {"finish": "tired"}, good | {"gold": 1}, {"answer": "a"}]
+    bad = [good | {"finish": "tired"}, good | {"gold": 1}, {"answer": "a"}, good | {"before": [["user", 1]]}]
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join([dumps(good), *map(dumps, bad), "{"]) + "\n", encoding="utf-8")
     with pytest.raises(DataError) as error:
         read_predictions(path)
-    assert [problem.source for problem in error.value.problems] == ["p.jsonl:2", "p.jsonl:3", "p.jsonl:4", "p.jsonl:5"]
+    assert [problem.source for problem in error.value.problems] == [f"p.jsonl:{line}" for line in range(2, 7)]
     assert error.value.problems[0].message == 'finish is "stop" or "length", not \'tired\'.'
     assert error.value.problems[1].message == "gold must be text."
 

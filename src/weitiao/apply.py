@@ -23,6 +23,7 @@ from .evaluate.predict import Answerer, OnReply, predict_rows
 from .evaluate.report import Report, write_report
 from .evaluate.score import Prediction, Side, TaskScore, score_side
 from .generate.engine import Sampling
+from .messages import write_calls
 from .models.families import OpenModel, open_model
 from .recipe import load_recipe
 from .render.fitting import shorten_record
@@ -117,6 +118,7 @@ def evaluate_run(
                 source=record.source,
                 task=task.name,
                 prompt=record.prompt,
+                before=_before_prompt(record),
                 gold=task.write_target(record),
                 answer=line["prediction"],
                 finish=line["finish"],
@@ -181,6 +183,15 @@ def _answerer(contract: Contract, opened: OpenModel) -> Answerer:
         answer_limits=contract.answer_limits,
         batch_rows=contract.batch_rows,
     )
+
+
+def _before_prompt(record: Record) -> tuple[tuple[str, str], ...]:
+    """What the model is shown before the last message, as (speaker, text)."""
+    offer = (
+        (("tools", "\n".join(json.dumps(tool, ensure_ascii=False) for tool in record.tools)),) if record.tools else ()
+    )
+    turns = record.messages[:-1]
+    return (*offer, *((turn.role, write_calls(turn.text, turn.calls) if turn.calls else turn.text) for turn in turns))
 
 
 def _shorten(

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .data.formats import FORMATS
 from .data.reading import Said
 from .errors import DataError, WeitiaoError
 
@@ -88,9 +89,13 @@ def _said(
     return Said(format=row_format, prompt=prompt, system=system, encoding=encoding, sheet=sheet)
 
 
-@app.command()
+@app.command(
+    help="Look at your rows, say what was understood, and write a commented recipe.\n\n"
+    "Rows are told by their keys, file by file. Known formats, each shown in docs/formats.md: "
+    f"{', '.join(one.name for one in FORMATS)}."
+)
 def init(
-    rows: Annotated[list[str], typer.Argument(help="One or more .jsonl files of labelled rows.")],
+    rows: Annotated[list[str], typer.Argument(help="Files of labelled rows, folders of them, or ids of data sets.")],
     model: Annotated[
         str, typer.Option(help="A folder, a Hugging Face id, modelscope:OWNER/NAME, or starter (Gemma 3 270M).")
     ] = "starter",
@@ -99,16 +104,25 @@ def init(
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the recipe.")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is there.")] = False,
+    placeholder: Annotated[
+        list[str] | None,
+        typer.Option(help="What stands for {{name}}, <NAME> and the like in rows: name=小微; name= keeps it as text."),
+    ] = None,
+    row_format: RowFormatName = None,
+    prompt: Prompt = None,
+    system: System = None,
+    encoding: FileEncoding = "utf-8",
+    sheet: Sheet = None,
 ) -> None:
-    """Look at your rows, say what was understood, and write a commented recipe.
-
-    Rows are JSON lines: {"context": "Instruction: …\\nInput: question\\n\\ntext\\nAnswer: ", "target": "…"} or
-    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}.
-    """
+    """Look at rows and write a recipe; the help above names the formats that the table knows."""
     from .init import describe_tasks, init_recipe
 
     with _reporting_errors():
-        draft = init_recipe(rows, model=model, dev=dev or (), out=output, overwrite=force)
+        said = _said(row_format, prompt, system, encoding, sheet)
+        filled = {name: text or None for name, _, text in (word.partition("=") for word in placeholder or ())}
+        draft = init_recipe(
+            rows, model=model, dev=dev or (), said=said, placeholders=filled, out=output, overwrite=force
+        )
     for line in describe_tasks(draft.dataset):
         out.print(f"• {line}")
     for note in draft.dataset.notes:
@@ -372,6 +386,36 @@ def import_chats(
     for note in summary.notes:
         out.print(f"note: {note}", style="yellow")
     out.print(f"Wrote {output}. Next: weitiao init {output}/train.jsonl --dev {output}/dev.jsonl")
+
+
+@app.command("check-leaks")
+def check_leaks(
+    predictions: Annotated[Path, typer.Argument(help="Answers as weitiao predict writes them.")],
+    canaries: Annotated[Path, typer.Option(help="The canaries.json that import-chats wrote with the rows.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Count which secrets of a chat log a tuned model repeats; no secret is shown.
+
+    Telephone numbers, addresses and the like of the log, however they are spelled. What stands in a row's own prompt is
+    read there, not remembered. Ends with code 1 when a secret is remembered.
+    """
+    from .data.leaks import report_leaks
+
+    with _reporting_errors():
+        report = report_leaks(predictions, canaries)
+    if as_json:
+        print(json.dumps(report.to_json(), ensure_ascii=False))
+    else:
+        table = Table("kind", "in the log", "remembered", "read in the prompt")
+        for kind in report.secrets:
+            table.add_row(kind, *map(str, report.count(kind)))
+        out.print(table, soft_wrap=False)
+        for leak in report.remembered:
+            out.print(f"{predictions}: {leak.canary.kind} on line {', '.join(map(str, leak.remembered))}")
+        verdict = f"{len(report.remembered)} of {sum(report.secrets.values())} secrets remembered"
+        out.print(f"{verdict} in {report.answers} answers.")
+    if report.remembered:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
     collect_canaries(conversations)      the personal data of the log; each with a salted hash
     find_leaks(replies, canaries)        the canaries that the replies repeat, however they are written
-    check_predictions(answers, file)     the same for a file of answers and the file of hashes of an import
+    report_leaks(answers, file)          the same for a file of answers and the file of hashes of an import
 
 A file of canaries holds no secret in clear. Telephone numbers are few enough to be tried one after another by who has
 hash and salt, so the hash is a slow one, and the file is still no file to publish.
@@ -14,12 +14,15 @@ import hashlib
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weitiao.data.formats import row_to_record
 from weitiao.data.privacy import USUAL_KINDS, Kind, find_personal_data, fold_text, normalise_personal_data
+from weitiao.data.record import Record
 from weitiao.errors import DataError
 
 _SCRYPT = {"n": 1024, "r": 8, "p": 1, "dklen": 16}
@@ -53,6 +56,42 @@ class Leak:
     echoed: tuple[int, ...] = ()
     """Those of them whose prompt holds the secret already: read there, not remembered."""
 
+    @property
+    def remembered(self) -> tuple[int, ...]:
+        """The replies that repeat the secret though nothing in their prompt says it."""
+        return tuple(number for number in self.replies if number not in self.echoed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeakReport:
+    """Which of a log's secrets the answers of a file repeat."""
+
+    answers: int
+    """How many answers were looked at."""
+    secrets: Mapping[str, int]
+    """How many secrets of each kind the log holds."""
+    leaks: tuple[Leak, ...]
+
+    @property
+    def remembered(self) -> tuple[Leak, ...]:
+        """The secrets that at least one answer repeats from memory."""
+        return tuple(leak for leak in self.leaks if leak.remembered)
+
+    def count(self, kind: str) -> tuple[int, int, int]:
+        """Of one kind: the log's secrets, those remembered, those only read in a prompt and repeated."""
+        found = [leak for leak in self.leaks if leak.canary.kind == kind]
+        remembered = sum(bool(leak.remembered) for leak in found)
+        return self.secrets.get(kind, 0), remembered, len(found) - remembered
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready copy; it holds no secret."""
+        kinds = {kind: dict(zip(("secrets", "remembered", "read"), self.count(kind))) for kind in self.secrets}
+        leaks = [
+            {"kind": leak.canary.kind, "remembered": list(leak.remembered), "read": list(leak.echoed)}
+            for leak in self.leaks
+        ]
+        return {"ok": not self.remembered, "answers": self.answers, "kinds": kinds, "leaks": leaks}
+
 
 def collect_canaries(conversations: Iterable[Iterable[str]], *, salt: str | None = None) -> list[Canary]:
     """Each different piece of personal data in the texts of `conversations`, once, in the order of first sight.
@@ -84,52 +123,59 @@ def find_leaks(replies: Sequence[str], canaries: Sequence[Canary]) -> list[Leak]
     return [Leak(canary=canary, replies=tuple(seen[canary.digest])) for canary in canaries if canary.digest in seen]
 
 
-def check_predictions(predictions: str | Path, canaries: str | Path) -> list[Leak]:
-    """The secrets that the answers of a file repeat: JSON lines with ``prediction``, as `weitiao predict` writes them.
+def report_leaks(predictions: str | Path, canaries: str | Path) -> LeakReport:
+    """Which secrets the answers of a file repeat: JSON lines with ``prediction``, as `weitiao predict` writes them.
 
     Raises:
-        DataError: a file cannot be read, or is not what it should be.
+        DataError: a file cannot be read, is not what it should be, or holds nothing.
     """
     known = read_canaries(canaries)
     index = _Index(known)
     seen: dict[str, list[int]] = {}
     echoed: dict[str, list[int]] = {}
+    answers = 0
     for number, line in enumerate(_read(predictions).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{predictions}:{number} is not JSON: {error}.") from None
         if not isinstance(row, dict) or not isinstance(row.get("prediction"), str):
             raise DataError(
                 f"{predictions}:{number} has no text under prediction. Write the file with: weitiao predict"
             )
+        answers += 1
         found = index.find(row["prediction"])
         asked = index.find("\n".join(_prompt_texts(row))) if found else set()
         for digest in found:
             seen.setdefault(digest, []).append(number)
             if digest in asked:
                 echoed.setdefault(digest, []).append(number)
-    return [
-        Leak(canary=canary, replies=tuple(seen[canary.digest]), echoed=tuple(echoed.get(canary.digest, ())))
-        for canary in known
-        if canary.digest in seen
-    ]
+    if not answers:
+        raise DataError(f"{predictions} holds no answers. Write the file with: weitiao predict")
+    return LeakReport(
+        answers=answers,
+        secrets=dict(Counter(canary.kind for canary in known).most_common()),
+        leaks=tuple(
+            Leak(canary=canary, replies=tuple(seen[canary.digest]), echoed=tuple(echoed.get(canary.digest, ())))
+            for canary in known
+            if canary.digest in seen
+        ),
+    )
+
+
+def check_predictions(predictions: str | Path, canaries: str | Path) -> list[Leak]:
+    """The leaks of `report_leaks` alone. Raises as it does."""
+    return list(report_leaks(predictions, canaries).leaks)
 
 
 def _prompt_texts(row: Mapping[str, Any]) -> list[str]:
-    """What the model was shown: the messages before the last reply, or the context."""
-    messages = row.get("messages")
-    texts = [row.get("context")]
-    if isinstance(messages, list):
-        shown = messages[:-1] if messages and _role(messages[-1]) == "assistant" else messages
-        texts += [message.get("content") for message in shown if isinstance(message, dict)]
-    return [text for text in texts if isinstance(text, str)]
-
-
-def _role(message: object) -> object:
-    return message.get("role") if isinstance(message, dict) else None
+    """What the model was shown: the messages before the last reply. All texts of a row that is of no known format."""
+    record = row_to_record(row, "", require_target=False)
+    if isinstance(record, Record):
+        return [message.text for message in record.messages]
+    return [value for key, value in row.items() if isinstance(value, str) and key not in ("prediction", "answer")]
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------

@@ -52,9 +52,13 @@ class Prediction:
     answer: str
     finish: Finish = "stop"
     """`stop`: the model ended its answer; `length`: the answer was cut at the token limit."""
+    before: tuple[tuple[str, str], ...] = ()
+    """What the model was shown before `prompt`, as (speaker, text): the tools on offer, the system message, the earlier
+    turns."""
 
-    def to_json(self) -> dict[str, str]:
-        """A JSON-ready copy; `from_json` reads it back equal."""
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready copy; `from_json` reads it back equal. Without `before` where nothing stands there."""
+        before = {"before": [list(turn) for turn in self.before]} if self.before else {}
         return {
             "source": self.source,
             "task": self.task,
@@ -62,20 +66,28 @@ class Prediction:
             "gold": self.gold,
             "answer": self.answer,
             "finish": self.finish,
+            **before,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Prediction:
         """The prediction that `to_json` wrote. Raises ValueError, in a sentence, for anything else."""
         fields = ("source", "task", "prompt", "gold", "answer", "finish")
-        if not isinstance(data, Mapping) or set(data) != set(fields):
-            raise ValueError(f"A prediction is an object with exactly the keys {', '.join(fields)}.")
+        if not isinstance(data, Mapping) or set(data) - {"before"} != set(fields):
+            raise ValueError(f"A prediction is an object with exactly the keys {', '.join(fields)}, and maybe before.")
         wrong = [field for field in fields if not isinstance(data[field], str)]
         if wrong:
             raise ValueError(f"{', '.join(wrong)} must be text.")
         if data["finish"] not in ("stop", "length"):
             raise ValueError(f'finish is "stop" or "length", not {data["finish"]!r}.')
-        return cls(**data)
+        before = data.get("before", [])
+        if not (isinstance(before, list) and all(_is_turn(turn) for turn in before)):
+            raise ValueError("before must be a list of pairs: who speaks, and the text.")
+        return cls(**{**data, "before": tuple((speaker, text) for speaker, text in before)})
+
+
+def _is_turn(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
