@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"errors"},
     "visible": set(),
     "dataset": {"errors", "data", "tasks", "recipe"},
-    "init": {"errors", "dataset", "recipe", "runs"},
+    "init": {"errors", "data", "dataset", "recipe", "runs"},
     # from here on with torch
     "environment": set(),
     "models": {"errors", "messages", "render"},
