@@ -521,6 +521,11 @@ def test_a_format_that_is_named_decides_between_triples_and_entities() -> None:
     assert convert({"text": "T", "label": []}, format="text_spans").target == []
 
 
+def test_a_misspelt_key_that_leaves_several_formats_is_named() -> None:
+    [problem] = problems({"text": "球队赢了", "lable": "体育"})
+    assert "fits several formats" in problem.message and problem.fix == "Did you mean `label` instead of `lable`?"
+
+
 # --- Rows without their answers --------------------------------------------------------------------------------------
 
 ANSWER_KEYS = {

@@ -203,8 +203,9 @@ def _explain_no_format(row: Row, source: str, fitting: tuple[RowFormat, ...]) ->
     findings = RowFindings(source)
     if fitting:
         names = " and ".join(one.name for one in fitting)
+        misspelt = [did_you_mean(key, row) for one in fitting for key in one.keys if key not in row]
         fix = f"Keep the keys of one of them, or name one in the recipe: format: {fitting[0].name}."
-        findings.add("row", f"fits several formats: {names}.", fix)
+        findings.add("row", f"fits several formats: {names}.", next(filter(None, misspelt), fix))
         return findings.problems
     expected = "; ".join(f"{one.name} ({' + '.join(f'`{key}`' for key in one.keys)})" for one in FORMATS)
     keys = ", ".join(shown(key) for key in list(row)[:12]) + (", …" if len(row) > 12 else "")
