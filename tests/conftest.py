@@ -3,6 +3,7 @@
     tiny_llama_folder     a base model: byte-level BPE, <bos> before every text, no chat template
     tiny_qwen2_folder     an instruct model: ChatML template, <|im_end|> ends a turn, no <bos>
     tiny_gemma3_folder    a base model with sliding-window attention, <bos> before every text
+    tiny_gemma2_folder    the same, its attention scores soft-capped: packed rows are beyond it
     sample_rows           a .jsonl file of two dozen rows: labels and triples
     starter_folder_or_skip, shared_or_skip    the starter model, the project's shared folder; skip where absent
 
@@ -21,6 +22,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -124,6 +127,16 @@ def tiny_gemma3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(3)
         model = Gemma3ForCausalLM(config)
     return save_model(tmp_path_factory.mktemp("tiny") / "gemma3", model, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = _base_tokenizer()
+    config = Gemma2Config(**TINY, **_ids_of(tokenizer), head_dim=16, sliding_window=16)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = Gemma2ForCausalLM(config)
+    return save_model(tmp_path_factory.mktemp("tiny") / "gemma2", model, tokenizer)
 
 
 @pytest.fixture(scope="session")

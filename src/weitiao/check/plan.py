@@ -97,7 +97,8 @@ class Memory:
 
     def describe(self) -> str:
         """``4.1 GB at the peak, of 19.2 GB to be had``."""
-        return f"{self.bytes / 2**30:.1f} GB at the peak, of {self.limit / 2**30:.1f} GB to be had"
+        more = "" if self.measured else " or more"
+        return f"{self.bytes / 2**30:.1f} GB{more} at the peak, of {self.limit / 2**30:.1f} GB to be had"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +145,8 @@ class Forecast:
 class Plan:
     """Workload, forecast and price of one training."""
 
-    work: Workload
+    work: Workload | None = None
+    """None where neither a tokenizer nor a probe could count."""
     forecast: Forecast | None = None
     """None where no probe was made."""
     price_per_hour: float | None = None
@@ -159,7 +161,7 @@ class Plan:
 
     def figures(self) -> list[tuple[str, str]]:
         """What is known, as pairs such as ``("time", "about 23 min: …")``."""
-        told = [("training", self.work.describe())]
+        told = [("training", self.work.describe())] if self.work is not None else []
         if self.forecast is not None:
             told.append(("memory", f"about {self.forecast.memory.describe()} ({self.forecast.device})"))
             if self.forecast.times is not None:
@@ -170,34 +172,33 @@ class Plan:
         return told
 
     def to_json(self) -> dict[str, Any]:
-        """What ``--json`` prints under ``plan``: `memory` is null without a probe, `times` and `cost` where unknown."""
+        """What ``--json`` prints under ``plan``; what is not known is null."""
         work, seen = self.work, self.forecast
         return {
-            "rows": work.rows,
-            "tokens_per_epoch": work.tokens_per_epoch,
-            "learnt_tokens_per_epoch": work.learnt_per_epoch,
-            "longest": work.longest,
-            "exact": work.exact,
-            "epochs": work.epochs,
-            "steps": work.steps,
+            "rows": work.rows if work else None,
+            "tokens_per_epoch": work.tokens_per_epoch if work else None,
+            "learnt_tokens_per_epoch": work.learnt_per_epoch if work else None,
+            "longest": work.longest if work else None,
+            "exact": work.exact if work else None,
+            "epochs": work.epochs if work else None,
+            "steps": work.steps if work else None,
             "device": seen.device if seen else None,
             "memory": asdict(seen.memory) if seen else None,
-            "times": {"all": seen.times.all, **asdict(seen.times)} if seen and seen.times else None,
+            "seconds": {"all": seen.times.all, **asdict(seen.times)} if seen and seen.times else None,
             "price_per_hour": self.price_per_hour,
             "currency": self.currency,
             "cost": self.cost,
         }
 
 
-def misfit_finding(plan: Plan, train: Train) -> Finding | None:
+def memory_finding(plan: Plan, train: Train) -> Finding | None:
     """The finding that the memory does not suffice, with what to change; None where it does."""
     if plan.forecast is None or plan.forecast.memory.fits:
         return None
+    longest = plan.work.longest if plan.work is not None else 0
     cures = []
-    if train.tokens_per_pass > plan.work.longest:
-        cures.append(
-            f"lower train.tokens_per_pass (now {train.tokens_per_pass}, the longest row has {plan.work.longest})"
-        )
+    if train.tokens_per_pass > longest:
+        cures.append(f"lower train.tokens_per_pass (now {train.tokens_per_pass}; the longest row has {longest} tokens)")
     if not train.gradient_checkpointing:
         cures.append("set train.gradient_checkpointing=true")
     cures += ["lower generate.batch_rows", "take a smaller model"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-_SPARE_COLUMNS = 64
+SPARE_COLUMNS = 64
 """Columns added whenever the cache is full: one copy of the cache in 64 steps instead of one in each."""
 
 
@@ -101,7 +101,7 @@ class SlabCache(Cache):
         rows, columns = self.shape
         if num_rows <= rows and width <= end and end + num_new <= columns:
             return
-        self.shape = (max(num_rows, rows), width + num_new + _SPARE_COLUMNS)
+        self.shape = (max(num_rows, rows), width + num_new + SPARE_COLUMNS)
         kept = min(width, end)
         for layer in self.slabs:
             layer.resize(self.shape, source=slice(end - kept, end), target=slice(width - kept, width))

@@ -33,7 +33,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..errors import DataError, ModelError, Problem
-from .cache import SlabCache
+from .cache import SPARE_COLUMNS, SlabCache
 
 _PREFILL_TOKENS = 4096
 """Most prompt tokens, padding included, of one prefill: bounds its activations; a longer prompt goes alone."""
@@ -137,6 +137,20 @@ def generate(
         row.limit = min(row.limit, limit)
     # A function of its own, so that the checks above run at the call and not at the first row asked for.
     return _run(_Batch(model, stop_ids, sampling, exact), rows, max_rows, max_cache_tokens)
+
+
+def cache_bytes(
+    model: PreTrainedModel, *, longest_prompt: int, max_new_tokens: int, num_rows: int, max_cache_tokens: int = 65536
+) -> int:
+    """The memory that `generate` sets aside for keys and values at most, when `num_rows` rows run together."""
+    config = model.config.get_text_config()
+    columns = longest_prompt + max_new_tokens
+    rows = max(1, min(num_rows, max_cache_tokens // columns))
+    num_heads = config.num_attention_heads
+    num_kv = getattr(config, "num_key_value_heads", None) or num_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    numbers = 2 * config.num_hidden_layers * num_kv * size * rows * (columns + SPARE_COLUMNS)
+    return int(numbers * model.dtype.itemsize)
 
 
 def _check_model(model: PreTrainedModel | PeftModel, exact: bool) -> None:

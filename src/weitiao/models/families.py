@@ -5,6 +5,7 @@ A family says how to recognise a checkpoint and what differs from the common cas
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -122,6 +124,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"The tokenizer in {folder} cannot be loaded: {first_line(error)}.") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def weight_bytes(folder: Path, *, dtype: str) -> int:
+    """The memory that the weights in `folder` take once they are loaded as `dtype`, by their files' headers."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return sum(file.stat().st_size for file in folder.glob("*.bin"))
+    count = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ModelError(f"{file} cannot be read ({first_line(error)}). Download the model again.") from None
+    return count * _resolve_dtype(dtype).itemsize
 
 
 def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
