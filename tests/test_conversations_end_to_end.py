@@ -90,6 +90,22 @@ def test_training_took_two_steps_and_the_contract_says_how_rows_were_asked(run: 
     assert kept["placeholders"] == {"name": "小微"} and [s["system"] for s in kept["sources"]] == ["你是{{name}}。"]
 
 
+def test_check_counts_the_tokens_of_tools_and_calls_as_training_renders_them(run: Path) -> None:
+    from weitiao.dataset import load_dataset
+    from weitiao.models.families import open_renderer
+    from weitiao.recipe import load_recipe
+    from weitiao.render.fitting import render_record
+
+    recipe = load_recipe("recipe.yaml")
+    dataset, renderer = load_dataset(recipe), open_renderer(recipe.model.path)
+    rows = [*zip(dataset.train, dataset.train_tasks), *zip(dataset.dev, dataset.dev_tasks)]
+    longest = max(len(example) for row, task in rows for example in render_record(row, task, renderer, turns="flagged"))
+    printed = json.loads(run_cli("check", "recipe.yaml", "--json").stdout)
+    [counted] = [lengths for lengths in printed["lengths"] if lengths["unit"] == "tokens"]
+    assert abs(counted["longest"] - longest) <= 0.02 * longest
+    assert longest > 400, "the offer of tools is the larger part of it"
+
+
 def test_evaluation_shows_the_conversation_with_its_tools_escaped(run: Path) -> None:
     succeed("evaluate", run)
     page = (run / "evaluations" / "dev" / "report.html").read_text(encoding="utf-8")

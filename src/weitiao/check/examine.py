@@ -27,6 +27,7 @@ from ..dataset import merge_tasks, read_options, stratum
 from ..errors import DataError, Problem, RecipeError
 from ..messages import Message
 from ..recipe import Data, Recipe, Source, load_recipe, make_recipe
+from ..render.tools import tools_as_text
 from ..tasks.answers import AnswerWatch
 from ..tasks.base import Task, infer_tasks
 from .checkup import Checkup, Excerpt, FileCheck, LengthLimit, Side, excerpt
@@ -290,7 +291,9 @@ class _Examination:
         if self._counter is None:
             self._lengths.add(sum(len(message.text) for message in record.messages) + len(text))
             return
-        self._waiting.append((record.messages, text))
+        has_tools = record.tools or len(record.messages) > 1
+        messages = tuple(tools_as_text(record.messages, record.tools)) if has_tools else record.messages
+        self._waiting.append((messages, text))
         self._waiting_weights.append(weight)
         if len(self._waiting) >= _BATCH_ROWS:
             self._flush()
