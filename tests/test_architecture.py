@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # from here on with torch
     "environment": set(),
     "models": {"errors", "messages", "render"},
-    "check": {"errors", "messages", "data", "tasks", "recipe", "dataset", "runs", "visible", "models"},
+    "check": {"errors", "messages", "data", "tasks", "render", "recipe", "dataset", "runs", "visible", "models"},
     "tuning": {"errors", "recipe", "models"},
     "train": {"errors", "data", "tasks", "render", "recipe", "runs", "models", "tuning"},
     "generate": {"errors", "messages", "tasks", "render", "models"},
