@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from weitiao.data.checks import find_contradictions, find_leaks, input_key
+from weitiao.data.checks import SamePairs, SameRows, input_key
 from weitiao.data.formats import row_to_record
 from weitiao.data.record import Record
 from weitiao.data.records import digest_records
@@ -80,10 +80,17 @@ def test_rows_that_offer_other_tools_or_made_other_calls_are_other_questions() -
     ]
     assert len({input_key(each) for each in (record, *others)}) == 1 + len(others)
     other_answer = replace(others[0], source="rows.jsonl:2", target="不能查。")
-    assert find_contradictions([record, other_answer]) == [] and find_leaks([record], [other_answer]) == []
-    assert [problem.source for problem in find_leaks([record], [replace(record, source="dev.jsonl:1")])] == [
-        "dev.jsonl:1"
-    ]
+    assert pairs_of([record, other_answer], [other_answer]).contradictions == ()
+    assert pairs_of([record], [other_answer]).leaks == ()
+    assert pairs_of([record], [replace(record, source="dev.jsonl:1")]).leaks == ((1, 0),)
+
+
+def pairs_of(train: list[Record], dev: list[Record]) -> SamePairs:
+    same = SameRows()
+    for side, rows in ((False, train), (True, dev)):
+        for row in rows:
+            same.add(row, dev=side)
+    return same.pairs()
 
 
 @pytest.mark.parametrize("space", ["", " ", "\n"])

@@ -5,29 +5,38 @@ Brings rows, tasks and the recipe together; knows nothing of tokens or torch, so
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from .data.checks import find_contradictions, find_leaks, find_repeats
+from .cache import cache_folder
 from .data.mixture import Mixture, SourceRows, hold_out, read_mixture
 from .data.options import ReadOptions
+from .data.record_store import select_rows
 from .data.records import Record, digest_records
 from .errors import DataError, Problem, RecipeError
 from .recipe import Data, DeclaredTask, Recipe, Source
 from .tasks.answers import find_misfit
 from .tasks.base import Task, assign_task, infer_tasks
 from .tasks.forms import AnswerForm, Field
+from .tasks.review import Review, describe_stratum
+
+SAMPLED_ROWS = 50_000
+"""Of more rows than this, the tasks are inferred from so many, and from those that do not fit what was inferred."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dataset:
     """Rows with their tasks."""
 
-    train: tuple[Record, ...]
+    train: Sequence[Record]
+    """A tuple of few rows; many are read from the disk, one whenever it is asked for. `dev` too."""
     weights: tuple[float, ...]
-    dev: tuple[Record, ...]
+    dev: Sequence[Record]
     tasks: tuple[Task, ...]
     train_tasks: tuple[Task, ...]
     """For each train row, its task."""
@@ -35,10 +44,8 @@ class Dataset:
     notes: tuple[str, ...]
     """What the user should know though nothing is wrong with it: repeats, rewritten answers, rare labels."""
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over all rows, in order, train and dev apart."""
-        return hashlib.sha256(f"{digest_records(self.train)}/{digest_records(self.dev)}".encode()).hexdigest()
+    fingerprint: str
+    """SHA-256 over all rows, in order, train and dev apart."""
 
     def count_rows(self) -> dict[str, tuple[int, int]]:
         """``{task: (train rows, dev rows)}``."""
@@ -55,12 +62,26 @@ def load_dataset(recipe: Recipe) -> Dataset:
             every dev row that is also trained on, all at once.
     """
     data = recipe.data
-    mixture = read_mixture(
-        [_source_rows(source, data) for source in data.train],
-        [_source_rows(source, data) for source in data.dev],
-        seed=recipe.train.seed,
-    )
-    return understand(mixture, recipe.tasks, held_out=0 if data.dev else data.held_out, seed=recipe.train.seed)
+    with _without_collecting():
+        mixture = read_mixture(
+            [_source_rows(source, data) for source in data.train],
+            [_source_rows(source, data) for source in data.dev],
+            seed=recipe.train.seed,
+            folder=cache_folder() / "rows",
+        )
+        return understand(mixture, recipe.tasks, held_out=0 if data.dev else data.held_out, seed=recipe.train.seed)
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Rows refer to nothing that refers to them; looking for such circles among many took a seventh of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _source_rows(source: Source, data: Data) -> SourceRows:
@@ -86,42 +107,42 @@ def understand(
 
     Raises DataError as `load_dataset`.
     """
-    rows = [*mixture.train, *mixture.dev]
-    tasks = merge_tasks(infer_tasks(rows), declared)
-    problems: list[Problem] = []
-    assigned: dict[int, Task] = {}
-    rewritten: list[str] = []
-    for record in rows:
-        task = assign_task(record, tasks)
-        if isinstance(task, Problem):
-            problems.append(task)
-            continue
-        assigned[id(record)] = task
-        written, misfit = find_misfit(record, task)
-        if misfit is not None:
-            problems.append(misfit)
-        elif isinstance(record.target, str) and written != record.target:
-            rewritten.append(record.source)
-    for side in (mixture.train, mixture.dev):  # several replies to one input are right where they are free text
-        problems += find_contradictions([r for r in side if id(r) in assigned and assigned[id(r)].kind != "text"])
-    problems += find_leaks(mixture.train, mixture.dev)
+    num_rows, num_train = len(mixture.train) + len(mixture.dev), len(mixture.train)
+    sample = _sample(mixture, seed)
+    tasks = merge_tasks(infer_tasks(sample), declared)
+    review = Review(mixture.train, mixture.dev, tasks)
+    if review.misfits and len(sample) < num_rows:  # what the sample did not show may be common enough to be a form
+        odd = [review.row(place) for place in review.misfits[:SAMPLED_ROWS]]
+        tasks = merge_tasks(infer_tasks([*sample, *odd]), declared)
+        review = Review(mixture.train, mixture.dev, tasks)
+    problems = [*review.problems, *review.contradictions(), *review.leaks()]
     if problems:
         bad = len({problem.source for problem in problems})
-        raise DataError(f"{bad} of {len(rows)} rows cannot be trained on as they are.", sorted(problems, key=_place))
-    strata = [stratum(record, tasks) for record in mixture.train]
-    apart = hold_out(mixture.train, strata, share=held_out, seed=seed)
-    kept = [place for place in range(len(mixture.train)) if place not in apart]
-    train = tuple(mixture.train[place] for place in kept)
-    dev = (*mixture.dev, *(mixture.train[place] for place in sorted(apart)))
+        raise DataError(f"{bad} of {num_rows} rows cannot be trained on as they are.", sorted(problems, key=_place))
+    apart = hold_out(mixture.train, review.strata(num_train), share=held_out, seed=seed)
+    kept = [place for place in range(num_train) if place not in apart] if apart else range(num_train)
+    train = select_rows(mixture.train, kept)
+    held = select_rows(mixture.train, sorted(apart)) if apart else ()
+    dev = (*mixture.dev, *held) if mixture.dev and held else mixture.dev or held
+    in_dev = (*range(num_train, num_rows), *sorted(apart))
+    digests = (digest_records(train), digest_records(dev)) if apart else review.digests
     return Dataset(
         train=train,
         weights=tuple(mixture.weights[place] for place in kept),
         dev=dev,
         tasks=tasks,
-        train_tasks=tuple(assigned[id(record)] for record in train),
-        dev_tasks=tuple(assigned[id(record)] for record in dev),
-        notes=(*mixture.left_out, *_notes(train, dev, assigned, rewritten)),
+        train_tasks=tuple(map(review.task, kept)),
+        dev_tasks=tuple(map(review.task, in_dev)),
+        notes=(*mixture.left_out, *review.notes(frozenset(in_dev))),
+        fingerprint=hashlib.sha256("/".join(digests).encode()).hexdigest(),
     )
+
+
+def _sample(mixture: Mixture, seed: int) -> list[Record]:
+    """The rows that the tasks are inferred from: all, or `SAMPLED_ROWS` of many, in order, chosen by the seed."""
+    num_train, num_rows = len(mixture.train), len(mixture.train) + len(mixture.dev)
+    chosen = sorted(random.Random(f"sample/{seed}").sample(range(num_rows), min(SAMPLED_ROWS, num_rows)))
+    return [mixture.train[place] if place < num_train else mixture.dev[place - num_train] for place in chosen]
 
 
 def stratum(record: Record, tasks: Sequence[Task]) -> str:
@@ -129,42 +150,16 @@ def stratum(record: Record, tasks: Sequence[Task]) -> str:
     task = assign_task(record, tasks)
     if isinstance(task, Problem):
         return ""
-    labelled = bool(task.form.labels) and find_misfit(record, task)[1] is None
-    return f"{task.name}\n{'|'.join(_labels(task, record))}" if labelled else task.name
+    if not task.form.labels or find_misfit(record, task)[1] is not None:
+        return task.name
+    gold = task.gold(record)
+    return describe_stratum(task, gold if isinstance(gold, list) else [gold])
 
 
 def _place(problem: Problem) -> tuple[str, int]:
     path, _, line = problem.source.rpartition(":")
     number = line.removeprefix("row ").strip()
     return path, int(number) if number.isdigit() else 0
-
-
-def _notes(
-    train: Sequence[Record], dev: Sequence[Record], assigned: dict[int, Task], rewritten: Sequence[str]
-) -> list[str]:
-    notes = []
-    for name, records in (("train", train), ("dev", dev)):
-        repeats = find_repeats(records)
-        if repeats:
-            shown = "; ".join(f"{first} = {', '.join(others[:3])}" for first, others in repeats[:3])
-            notes.append(f"{len(repeats)} {name} rows are given more than once: {shown}.")
-    if rewritten:
-        notes.append(
-            f"{len(rewritten)} answers are spelled differently from the others of their task and will be trained in "
-            f"the common spelling: {', '.join(rewritten[:5])}."
-        )
-    for task in {id(t): t for t in assigned.values()}.values():
-        if task.form.labels:
-            seen = Counter(label for r in train if assigned[id(r)] is task for label in _labels(task, r))
-            unseen = [label for label in task.form.labels if not seen[label]]
-            if unseen:
-                notes.append(f"Labels of {task.name} that only dev rows have: {', '.join(unseen)}.")
-    return notes
-
-
-def _labels(task: Task, record: Record) -> list[str]:
-    gold = task.gold(record)
-    return gold if isinstance(gold, list) else [gold]
 
 
 def merge_tasks(inferred: Sequence[Task], declared: Sequence[DeclaredTask]) -> tuple[Task, ...]:

@@ -6,16 +6,20 @@ Knows records only. The order within an epoch is drawn from the weights in `orde
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+import tempfile
+from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..errors import DataError, Problem
-from .checks import input_key
+from .checks import SameRows
 from .near import NearIndex, Pair, group
 from .options import ReadOptions
 from .record import Record
-from .records import read_records
+from .record_store import RowKeeper, select_rows
+from .records import take_records
 
 NEAR = 0.9
 """Inputs at least this much alike are kept on one side of the split."""
@@ -40,43 +44,52 @@ class SourceRows:
 class Mixture:
     """All rows of a recipe, before any are set apart."""
 
-    train: tuple[Record, ...]
+    train: Sequence[Record]
+    """Rows in memory where they are few, else rows on the disk (record_store.py); `dev` too."""
     weights: tuple[float, ...]
     """For each train row, how often it is seen per epoch."""
-    dev: tuple[Record, ...]
+    dev: Sequence[Record]
     """The rows of the dev files."""
     left_out: tuple[str, ...]
     """For each source with more rows than its limit, a sentence that says so."""
 
 
-def read_mixture(train: Sequence[SourceRows], dev: Sequence[SourceRows], *, seed: int) -> Mixture:
-    """Read all sources. Raises DataError with every bad row of every file."""
+def read_mixture(
+    train: Sequence[SourceRows], dev: Sequence[SourceRows], *, seed: int, folder: Path | None = None
+) -> Mixture:
+    """Read all sources; rows past the first `KEPT_IN_MEMORY` of them are laid aside in `folder`.
+
+    Raises DataError with every bad row of every file, or when the disk is full.
+    """
     problems: list[Problem] = []
     messages: list[str] = []
     left_out: list[str] = []
 
-    def read(source: SourceRows) -> list[Record]:
-        try:
-            records = read_records(source.path, options=source.options)
-        except DataError as error:
-            messages.append(str(error).splitlines()[0])
-            problems.extend(error.problems)
-            return []
-        if source.limit is None or len(records) <= source.limit:
-            return records
-        left_out.append(f"{source.path}: {source.limit:,} of its {len(records):,} rows are used, chosen by the seed.")
-        return [records[place] for place in choose_rows(len(records), source.limit, seed=seed, path=source.path)]
+    def read(sources: Sequence[SourceRows]) -> tuple[Sequence[Record], list[float]]:
+        keeper = RowKeeper(folder or Path(tempfile.gettempdir()))
+        used = array("I")
+        weights: list[float] = []
+        for source in sources:
+            start = len(keeper)
+            try:
+                count = take_records(source.path, keeper.add, options=source.options)
+            except DataError as error:
+                messages.append(str(error).splitlines()[0])
+                problems.extend(error.problems)
+                continue
+            chosen: Sequence[int] = range(count)
+            if source.limit is not None and count > source.limit:
+                left_out.append(f"{source.path}: {source.limit:,} of its {count:,} rows are used, chosen by the seed.")
+                chosen = choose_rows(count, source.limit, seed=seed, path=source.path)
+            used.extend(start + place for place in chosen)
+            weights += [source.weight] * len(chosen)
+        return ((), []) if messages else (select_rows(keeper.rows(), used), weights)
 
-    read_train = [(record, source.weight) for source in train for record in read(source)]
-    read_dev = [record for source in dev for record in read(source)]
+    train_rows, weights = read(train)
+    dev_rows, _ = read(dev)
     if messages:
         raise DataError("\n".join(messages), problems)
-    return Mixture(
-        train=tuple(record for record, _ in read_train),
-        weights=tuple(weight for _, weight in read_train),
-        dev=tuple(read_dev),
-        left_out=tuple(left_out),
-    )
+    return Mixture(train=train_rows, weights=tuple(weights), dev=dev_rows, left_out=tuple(left_out))
 
 
 def choose_rows(count: int, limit: int, *, seed: int, path: str) -> list[int]:
@@ -130,12 +143,13 @@ def _wanted(sizes: Counter[str], share: float) -> Counter[str]:
 
 def _group_alike(records: Sequence[Record]) -> list[list[int]]:
     """The places of `records` in groups with the same input, or nearly the same text."""
-    same: defaultdict[object, list[int]] = defaultdict(list)
+    same = SameRows()
     near = NearIndex()
-    for place, record in enumerate(records):
-        same[input_key(record)].append(place)
+    for record in records:
+        same.add(record, dev=False)
         near.add(record.text or record.prompt)
-    pairs = [Pair(places[0], place, 1.0) for places in same.values() for place in places[1:]]
+    found = same.pairs()
+    pairs = [Pair(first, row, 1.0) for row, first in (*found.repeats, *found.contradictions)]
     most = max(2.0, LARGEST_NEAR_GROUP * len(records))
     alike = near.pairs(NEAR)
     large = {place for members in group(alike) if len(members) > most for place in members}

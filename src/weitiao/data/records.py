@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from weitiao.data.dataset_info import is_info_entry, read_info_entry
@@ -28,6 +28,9 @@ from weitiao.errors import DataError, Problem
 
 __all__ = ["ReadOptions", "Record", "RowCount", "Target", "digest_records", "iter_records_or_problems", "read_records"]
 
+_DIGEST_ENCODER = json.JSONEncoder(separators=(",", ":"))
+"""Made once: json.dumps would make one for every row."""
+
 
 def read_records(
     path: str | os.PathLike[str], *, require_target: bool = True, options: ReadOptions = DEFAULT_OPTIONS
@@ -38,11 +41,28 @@ def read_records(
     problem of every row; also when the source is missing, unreadable or holds no rows.
     """
     records: list[Record] = []
+    take_records(path, lambda record, _: records.append(record), require_target=require_target, options=options)
+    return records
+
+
+def take_records(
+    path: str | os.PathLike[str],
+    take: Callable[[Record, RowConverter], None],
+    *,
+    require_target: bool = True,
+    options: ReadOptions = DEFAULT_OPTIONS,
+) -> int:
+    """Hand every record of a source to `take`, with what made it; returns how many there were.
+
+    Raises as `read_records`, once all rows were read.
+    """
     problems: list[Problem] = []
+    count = RowCount()
+    converter = RowConverter(path, require_target=require_target, options=options)
     try:
-        for item in iter_records_or_problems(path, require_target=require_target, options=options):
+        for item in iter_records_or_problems(path, count=count, converter=converter):
             if isinstance(item, Record):
-                records.append(item)
+                take(item, converter)
             else:
                 problems.append(item)
     except DataError as error:
@@ -50,9 +70,8 @@ def read_records(
             raise
         raise DataError(str(error), [*problems, *error.problems]) from error  # what was found before it still counts
     if problems:
-        num_bad = len({problem.source for problem in problems})
-        raise DataError(f"{os.fspath(path)}: {num_bad} of {len(records) + num_bad} rows cannot be used.", problems)
-    return records
+        raise DataError(f"{os.fspath(path)}: {count.rejected} of {count.read} rows cannot be used.", problems)
+    return count.accepted
 
 
 def iter_records_or_problems(
@@ -61,23 +80,18 @@ def iter_records_or_problems(
     require_target: bool = True,
     options: ReadOptions = DEFAULT_OPTIONS,
     count: RowCount | None = None,
+    converter: RowConverter | None = None,
 ) -> Iterator[Record | Problem]:
     """Each row of a source in turn: its record, or each of its problems. `count` is kept up to date where one is given.
 
+    `converter` takes the place of `options` and `require_target` for a caller who needs it later.
     Holds one row in memory (a ``.json`` array is read whole). Raises DataError when a file cannot be opened, is damaged
     or holds no rows, as soon as that comes to light.
     """
-    name = os.fspath(path)
     count = RowCount() if count is None else count
-    check_format_name(options.format)
-    known = by_small_letters(options.placeholders)
-    options = _with_filled_templates(options, known)
-    if is_info_entry(name):
-        entry = read_info_entry(name)
-        name = entry.path
-        options = replace(options, format=options.format or entry.format, rename=entry.rename)
-    for row in iter_raw_rows(name, options, count):
-        converted = _convert(row, options, known, require_target=require_target)
+    converter = converter or RowConverter(path, require_target=require_target, options=options)
+    for row in iter_raw_rows(converter.path, converter.options, count):
+        converted = converter.convert(row)
         if isinstance(converted, Record):
             count.accepted += 1
             yield converted
@@ -96,46 +110,68 @@ def digest_records(records: Iterable[Record]) -> str:
     """
     digest = hashlib.sha256()
     for record in records:
-        turns = [[message.role, message.text] for message in record.messages]
-        parts: list[object] = [turns, record.target, record.task]
-        marks = [
-            [index, [[call.name, call.arguments] for call in message.calls], message.learn]
-            for index, message in enumerate(record.messages)
-            if message.calls or not message.learn
-        ]
-        if marks or record.tools or record.calls:  # plain rows keep the digest they always had
-            parts += [marks, record.tools, [[call.name, call.arguments] for call in record.calls]]
-        digest.update(json.dumps(parts, separators=(",", ":")).encode("ascii") + b"\n")
+        digest.update(digested_line(record))
     return digest.hexdigest()
+
+
+def digested_line(record: Record) -> bytes:
+    """What `digest_records` digests of a record."""
+    turns = [[message.role, message.text] for message in record.messages]
+    parts: list[object] = [turns, record.target, record.task]
+    marks = [
+        [index, [[call.name, call.arguments] for call in message.calls], message.learn]
+        for index, message in enumerate(record.messages)
+        if message.calls or not message.learn
+    ]
+    if marks or record.tools or record.calls:  # plain rows keep the digest they always had
+        parts += [marks, record.tools, [[call.name, call.arguments] for call in record.calls]]
+    return _DIGEST_ENCODER.encode(parts).encode("ascii") + b"\n"
 
 
 # --- From raw rows to records ----------------------------------------------------------------------------------------
 
 
-def _convert(
-    row: RawRow, options: ReadOptions, known: Mapping[str, str | None], *, require_target: bool
-) -> Record | list[Problem]:
-    """The row's record, or all its problems: those of its text and those of its format."""
-    if not row.readable:
-        return list(row.problems)
-    problems = list(row.problems) if row.problems else []
-    if problems and any("inside each other" in problem.message for problem in problems):
-        return problems  # too deep to be walked any further
-    value = fill_placeholders(row.value, known) if row.marked and known else row.value
-    converted: Record | list[Problem] | dict[str, object] = value
-    if options.rename is not None and isinstance(value, dict):
-        renamed = options.rename(value, row.source)
-        if isinstance(renamed, list):
-            return problems + renamed
-        value = renamed
-    converted = row_to_record(value, row.source, options, require_target=require_target)
-    if isinstance(converted, list):
-        return problems + converted
-    if row.marked or options.system is not None or options.prompt is not None:
-        problems += _unfilled(converted, known)
-    if problems:
-        return problems
-    return converted if converted.raw is row.value else replace(converted, raw=row.value)
+class RowConverter:
+    """Makes records of the raw rows of one source, the same for the same row at any time."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, require_target: bool = True, options: ReadOptions = DEFAULT_OPTIONS
+    ) -> None:
+        """Raises DataError for an unknown format, or a ``dataset_info.json`` entry that cannot be read."""
+        check_format_name(options.format)
+        self._known = by_small_letters(options.placeholders)
+        self._require_target = require_target
+        self.path = os.fspath(path)
+        """Where the rows lie: the path given, or the one that its entry names."""
+        self.options = _with_filled_templates(options, self._known)
+        if is_info_entry(self.path):
+            entry = read_info_entry(self.path)
+            self.path = entry.path
+            self.options = replace(self.options, format=options.format or entry.format, rename=entry.rename)
+
+    def convert(self, row: RawRow) -> Record | list[Problem]:
+        """The row's record, or all its problems: those of its text and those of its format."""
+        if not row.readable:
+            return list(row.problems)
+        options, known = self.options, self._known
+        problems = list(row.problems) if row.problems else []
+        if problems and any("inside each other" in problem.message for problem in problems):
+            return problems  # too deep to be walked any further
+        value = fill_placeholders(row.value, known) if row.marked and known else row.value
+        converted: Record | list[Problem] | dict[str, object] = value
+        if options.rename is not None and isinstance(value, dict):
+            renamed = options.rename(value, row.source)
+            if isinstance(renamed, list):
+                return problems + renamed
+            value = renamed
+        converted = row_to_record(value, row.source, options, require_target=self._require_target)
+        if isinstance(converted, list):
+            return problems + converted
+        if row.marked or options.system is not None or options.prompt is not None:
+            problems += _unfilled(converted, known)
+        if problems:
+            return problems
+        return converted if converted.raw is row.value else replace(converted, raw=row.value)
 
 
 def _unfilled(record: Record, known: Mapping[str, str | None]) -> list[Problem]:

@@ -6,15 +6,13 @@ that a million rows fit into memory. Inputs are equal when all their messages ar
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from .checks import input_key, target_key
+from .checks import SameRows, target_key
 from .findings import Edit, Finding, count_of
 from .near import NearIndex, Pair, group
 from .record import Record
@@ -28,8 +26,8 @@ class RepeatWatch:
     """Takes rows in with `add`; `finish` tells which say the same."""
 
     def __init__(self) -> None:
-        self._inputs, self._targets = array("Q"), array("Q")
-        self._dev, self._free = array("B"), array("B")
+        self._same = SameRows()
+        self._free = array("B")
         self._sources: list[str] = []
         self._answers: list[str] = []
         self._near = NearIndex()
@@ -37,9 +35,7 @@ class RepeatWatch:
     def add(self, record: Record, *, side: Side, task: str, free: bool) -> None:
         """Take in a row. Only rows of one `task` are compared for nearness; `free` answers may differ rightly."""
         answer = target_key(record)
-        self._inputs.append(_hash(repr(input_key(record))))
-        self._targets.append(_hash(answer))
-        self._dev.append(side == "dev")
+        self._same.add(record, dev=side == "dev")
         self._free.append(free)
         self._sources.append(record.source)
         self._answers.append(sys.intern(answer[:_SHOWN_ANSWER]))
@@ -47,37 +43,15 @@ class RepeatWatch:
 
     def finish(self) -> list[Finding]:
         """Findings `contradiction`, `several-answers`, `repeat`, `leak`, `near-repeat` and `near-leak`, where any."""
-        contradictions: list[tuple[int, int]] = []
-        repeats: list[tuple[int, int]] = []
-        leaks: list[tuple[int, int]] = []
-        for rows in self._same_inputs():
-            train, dev = [row for row in rows if not self._dev[row]], [row for row in rows if self._dev[row]]
-            for side in (train, dev):
-                known: dict[int, int] = {}
-                for row in side:
-                    before = known.get(self._targets[row])
-                    if before is not None:
-                        repeats.append((row, before))
-                    elif known:
-                        contradictions.append((row, side[0]))
-                    known.setdefault(self._targets[row], row)
-            leaks += [(row, train[0]) for row in dev if train]
+        pairs = self._same.pairs()
         return [
-            *self._contradictions(sorted(contradictions)),
-            *self._repeats(sorted(repeats)),
-            *self._leaks(sorted(leaks)),
+            *self._contradictions(pairs.contradictions),
+            *self._repeats(pairs.repeats),
+            *self._leaks(pairs.leaks),
             *self._near_findings(),
         ]
 
-    def _same_inputs(self) -> Iterator[list[int]]:
-        """Rows with one input, each group in order."""
-        key_of = self._inputs.__getitem__
-        for _, rows in groupby(sorted(range(len(self._inputs)), key=key_of), key=key_of):
-            same = list(rows)
-            if len(same) > 1:
-                yield same
-
-    def _contradictions(self, pairs: list[tuple[int, int]]) -> Iterator[Finding]:
+    def _contradictions(self, pairs: Sequence[tuple[int, int]]) -> Iterator[Finding]:
         closed, free = ([pair for pair in pairs if bool(self._free[pair[0]]) is kind] for kind in (False, True))
         if closed:
             yield Finding(
@@ -106,7 +80,7 @@ class RepeatWatch:
                 fix="Keep one reply of each input where the replies should be one.",
             )
 
-    def _repeats(self, pairs: list[tuple[int, int]]) -> Iterator[Finding]:
+    def _repeats(self, pairs: Sequence[tuple[int, int]]) -> Iterator[Finding]:
         if pairs:
             yield Finding(
                 code="repeat",
@@ -123,7 +97,7 @@ class RepeatWatch:
                 ),
             )
 
-    def _leaks(self, pairs: list[tuple[int, int]]) -> Iterator[Finding]:
+    def _leaks(self, pairs: Sequence[tuple[int, int]]) -> Iterator[Finding]:
         if pairs:
             trained = {self._sources[train]: self._sources[dev] for dev, train in reversed(pairs)}
             yield Finding(
@@ -144,11 +118,12 @@ class RepeatWatch:
             )
 
     def _near_findings(self) -> Iterator[Finding]:
-        pairs = [pair for pair in self._near.pairs() if self._inputs[pair.first] != self._inputs[pair.second]]
-        across = [pair for pair in pairs if self._dev[pair.first] != self._dev[pair.second]]
+        pairs = [pair for pair in self._near.pairs() if not self._same.same_input(pair.first, pair.second)]
+        is_dev = self._same.is_dev
+        across = [pair for pair in pairs if is_dev(pair.first) != is_dev(pair.second)]
         best: dict[int, tuple[float, int]] = {}
         for pair in across:
-            dev, train = (pair.second, pair.first) if self._dev[pair.second] else (pair.first, pair.second)
+            dev, train = (pair.second, pair.first) if is_dev(pair.second) else (pair.first, pair.second)
             best[dev] = max(best.get(dev, (0.0, train)), (pair.similarity, train))
         if best:
             rows = sorted(best)
@@ -162,7 +137,7 @@ class RepeatWatch:
                 count=len(rows),
                 fix="Look at the pairs; remove the train rows, or move the dev rows to the train file.",
             )
-        within = [pair for pair in pairs if self._dev[pair.first] == self._dev[pair.second]]
+        within = [pair for pair in pairs if is_dev(pair.first) == is_dev(pair.second)]
         groups = group(within)
         if groups:
             nearest: defaultdict[int, list[Pair]] = defaultdict(list)
@@ -183,11 +158,11 @@ class RepeatWatch:
             )
 
     def _likeness(self, similarity: float, other: int, row: int) -> str:
-        differs = self._targets[other] != self._targets[row] and not self._free[row]
+        differs = not self._same.same_answer(other, row) and not self._free[row]
         share = f"{similarity:.0%} like" if similarity < 0.995 else "Almost the same as"
         return f"{share} {self._sources[other]}{', but answered differently' if differs else ''}."
 
-    def _places(self, pairs: list[tuple[int, int]]) -> tuple[str, ...]:
+    def _places(self, pairs: Sequence[tuple[int, int]]) -> tuple[str, ...]:
         return tuple(self._sources[row] for row, _ in pairs)
 
 
@@ -195,7 +170,3 @@ def _compared_text(record: Record) -> str:
     """The input text proper, or everything that was said after the system message where there were several turns."""
     turns = [message.text for message in record.messages if message.role != "system"]
     return record.text if len(turns) == 1 and record.text else "\n".join(turns)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).digest(), "little")

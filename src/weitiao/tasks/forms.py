@@ -15,17 +15,18 @@ The form is the one place that knows the answer's shape. It knows nothing of pro
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import product
 from typing import Any, Literal
 
 from ..errors import FormError
+from .strict_json import loads
 
-Shape = Literal["object list", "object", "label list", "label", "text"]
+Shape = Literal["object list", "object", "label list", "string list", "label", "text"]
 Answer = Any
 """A parsed answer: list of dicts, dict, list of strings, or string, following the form's shape."""
 
@@ -49,12 +50,17 @@ class JsonStyle:
 
     def dumps(self, value: Answer) -> str:
         """JSON text of `value` in this spelling."""
-        return json.dumps(
-            value,
-            ensure_ascii=self.ensure_ascii,
-            indent=self.indent,
-            separators=(self.item_separator, self.key_separator),
-        )
+        return _encoder(self).encode(value)
+
+
+@cache
+def _encoder(style: JsonStyle) -> json.JSONEncoder:
+    """Made once for each style: json.dumps would make one for every answer, which costs as much as writing it."""
+    return json.JSONEncoder(
+        ensure_ascii=style.ensure_ascii,
+        indent=style.indent,
+        separators=(style.item_separator, style.key_separator),
+    )
 
 
 STYLES = tuple(
@@ -134,7 +140,7 @@ class AnswerForm:
         if shape == "label list":
             items = [item for value in values for item in value]
             if not is_closed_set(items):
-                return cls(shape="text")
+                return replace(form, shape="string list")
             return replace(form, labels=tuple(sorted(set(items))))
         return replace(form, fields=_fields(values, texts))
 
@@ -222,10 +228,11 @@ class AnswerForm:
         if not isinstance(answer, list):
             raise FormError(f"The answer must be a list but is a JSON {kind_of(answer)}.")
         for number, item in enumerate(answer, start=1):
-            if self.shape == "label list":
+            if self.shape in ("label list", "string list"):
                 if not isinstance(item, str):
                     raise FormError(f"Item {number} must be a string but is a JSON {kind_of(item)}.")
-                self._check_label(item)
+                if self.shape == "label list":
+                    self._check_label(item)
             else:
                 self._check_object(item, where=f"Item {number}")
 
@@ -259,6 +266,8 @@ class AnswerForm:
         fence = " in a code fence" if self.fence_open else ""
         if self.shape == "text":
             return "free text"
+        if self.shape == "string list":
+            return f"a JSON list{fence} of {self._bounds()} string(s)"
         if self.shape in ("label", "label list"):
             what = "one label" if self.shape == "label" else f"a JSON list of {self._bounds()} label(s)"
             return f"{what} out of {len(self.labels)}{fence}: {', '.join(self.labels)}"
@@ -298,34 +307,6 @@ def split_fence(text: str) -> tuple[str, str | None, str]:
     except ValueError:
         return "", None, ""
     return opening, body, closing
-
-
-def loads(text: str) -> Answer:
-    """Parsed JSON; duplicate keys and NaN or Infinity are refused.
-
-    Raises:
-        ValueError: not JSON (then a `json.JSONDecodeError` with the place), or one key given twice.
-    """
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if repeated:
-            raise ValueError(f"The key {', '.join(repeated)} is given twice in one object.")
-        return dict(pairs)
-
-    def no_constants(name: str) -> Any:
-        raise ValueError(f"{name} is not a JSON value.")
-
-    def finite(digits: str) -> float:
-        number = float(digits)
-        if math.isinf(number):
-            raise ValueError(f"The number {digits} is too large for JSON.")
-        return number
-
-    try:
-        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants, parse_float=finite)
-    except RecursionError:
-        raise ValueError("The JSON is nested too deeply.") from None
 
 
 def kind_of(value: Answer) -> str:
