@@ -20,6 +20,7 @@ SOURCE = Path(weitiao.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     # each layer may import those above it that it names
     "errors": set(),
+    "cache": set(),
     "messages": {"errors"},
     "data": {"errors", "messages"},
     "tasks": {"errors", "data"},
@@ -28,25 +29,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "contract": {"errors", "runs"},
     "recipe": {"errors"},
     "visible": set(),
-    "dataset": {"errors", "data", "tasks", "recipe"},
+    "dataset": {"errors", "cache", "data", "tasks", "recipe"},
     "init": {"errors", "data", "dataset", "recipe", "runs"},
     # from here on with torch
     "environment": set(),
-    "models": {"errors", "messages", "render"},
+    "models": {"errors", "cache", "messages", "render"},
     "check": {"errors", "messages", "data", "tasks", "render", "recipe", "dataset", "runs", "visible", "models"},
     "tuning": {"errors", "recipe", "models"},
     "train": {"errors", "data", "tasks", "render", "recipe", "runs", "models", "tuning"},
     "generate": {"errors", "messages", "tasks", "render", "models"},
     "evaluate": {"errors", "messages", "data", "tasks", "render", "runs", "visible", "generate"},
 }
-TOP = {"tune", "apply", "cli", "__init__", "__main__"}
+TOP = {"tune", "token_cache", "probe", "apply", "cli", "__init__", "__main__"}
 """They bring everything together; nothing imports them but each other."""
 
-WITHOUT_TORCH = {"errors", "messages", "data", "tasks", "render", "runs", "contract", "recipe", "dataset", "init",
+WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "contract", "recipe", "dataset", "init",
                  "visible", "check", "cli", "__init__", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "matplotlib"}
-WITH_NUMPY = {"data/near.py"}
-"""A hundred thousand signatures take a second in numpy, minutes without."""
+WITH_NUMPY = {"data/near.py", "data/checks.py", "render/example_store.py"}
+"""A hundred thousand signatures take a second in numpy, minutes without; so does finding equal ones of a million."""
 
 LONGEST_FILE = 450
 NAMES_THAT_SAY_NOTHING = {"utils.py", "util.py", "helpers.py", "common.py", "constants.py", "misc.py"}

@@ -39,10 +39,35 @@ class Example:
     @property
     def num_answer(self) -> int:
         """Number of learnt tokens at the end: the last reply and its end token."""
-        return next((length for length, learnt in enumerate(reversed(self.loss_mask)) if not learnt), len(self))
+        return len(self) - 1 - bytes(self.loss_mask).rfind(0)
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """What training examples are rendered from."""
+
+    messages: Sequence[Message]
+    """The turns before the last reply."""
+    reply: Message
+    """The last reply, always learnt."""
+    tools: Tools = ()
+    """The tools on offer."""
+
+    def learnt_places(self, turns: Turns) -> list[int]:
+        """Which of the turns, the last reply included, are learnt."""
+        places = [
+            place
+            for place, turn in enumerate(self.messages)
+            if turn.role == "assistant" and (turns == "all" or (turns == "flagged" and turn.learn))
+        ]
+        return [*places, len(self.messages)]
+
+    def turn(self, place: int) -> Message:
+        """The turn at `place`, counted from 0."""
+        return self.reply if place == len(self.messages) else self.messages[place]
 
 
 class Renderer(ABC):
@@ -97,24 +122,45 @@ class Renderer(ABC):
             tools: the tools on offer.
             turns: which of the earlier replies are learnt.
         """
-        examples: list[Example] = []
-        growing: Example | None = None
-        for place, turn in enumerate((*messages, reply)):
-            last = place == len(messages)
-            if not (last or (turn.role == "assistant" and (turns == "all" or (turns == "flagged" and turn.learn)))):
-                continue
-            before = messages[:place]
-            prompt, answer = self.render_prompt(before, tools), self.render_reply(before, turn, tools)
-            if growing is not None and prompt[: len(growing)] == growing.token_ids:
-                num_new = len(prompt) - len(growing)
-                growing = Example(
-                    token_ids=prompt + answer,
-                    loss_mask=growing.loss_mask + (False,) * num_new + (True,) * len(answer),
+        conversation = Conversation(messages=messages, reply=reply, tools=tools)
+        return self.render_conversations([conversation], turns=turns)[0]
+
+    def render_conversations(
+        self, conversations: Sequence[Conversation], *, turns: Turns = "flagged"
+    ) -> list[tuple[Example, ...]]:
+        """For each conversation what `render_conversation` gives; a renderer may do many at once faster."""
+        rendered = []
+        for talk in conversations:
+            asked = [
+                (
+                    self.render_prompt(talk.messages[:place], talk.tools),
+                    self.render_reply(talk.messages[:place], talk.turn(place), talk.tools),
                 )
-            else:
-                examples += [growing] if growing is not None else []
-                growing = _join(prompt, answer)
-        return (*examples, *([growing] if growing is not None else []))
+                for place in talk.learnt_places(turns)
+            ]
+            rendered.append(join_turns(asked))
+        return rendered
+
+
+def join_turns(turns: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[Example, ...]:
+    """The examples of one conversation from its learnt turns, each the tokens of (prompt, reply).
+
+    ((1, 5), (6, 2)), ((1, 5, 6, 2, 7), (8, 2))   →  one example  1 5 [6 2] 7 [8 2], what is learnt in brackets
+    ((1, 5), (6, 2)), ((1, 5, 9, 2, 7), (8, 2))   →  two: the second prompt does not go on from the first reply
+    """
+    examples: list[Example] = []
+    growing: Example | None = None
+    for prompt, answer in turns:
+        if growing is not None and prompt[: len(growing)] == growing.token_ids:
+            num_new = len(prompt) - len(growing)
+            growing = Example(
+                token_ids=prompt + answer,
+                loss_mask=growing.loss_mask + (False,) * num_new + (True,) * len(answer),
+            )
+        else:
+            examples += [growing] if growing is not None else []
+            growing = _join(prompt, answer)
+    return (*examples, *([growing] if growing is not None else []))
 
 
 def _join(prompt: tuple[int, ...], answer: tuple[int, ...]) -> Example:

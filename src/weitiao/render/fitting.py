@@ -6,34 +6,66 @@ shortened, and only when the user chose so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.records import Record
 from ..errors import DataError, Problem
 from ..messages import Message
 from ..tasks.base import Task
-from .base import Example, Renderer, Turns
+from .base import Conversation, Example, Renderer, Turns
 
 Overlong = Literal["error", "drop", "shorten_input"]
+
+
+CHUNK_ROWS = 1024
+"""Rows rendered together: their texts are tokenised in one call, which uses all cores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FittedRows:
     """Examples within the limit, and what was done to get there."""
 
-    examples: tuple[Example, ...]
-    rows: tuple[int, ...]
+    examples: Sequence[Example]
+    rows: Sequence[int]
     """For each example, the place of its record in the input. Only a conversation can make several examples."""
-    records: tuple[Record, ...]
+    records: Sequence[Record]
     """The records that were kept, the text shortened where it had to be."""
-    kept: tuple[int, ...]
+    kept: Sequence[int]
     """For each of `records`, its place in the input."""
     dropped: tuple[str, ...]
     """Sources of rows left out because they are too long (policy `drop`)."""
     shortened: tuple[str, ...]
     """Sources of rows whose input text was shortened (policy `shorten_input`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitting:
+    """How rows become examples."""
+
+    renderer: Renderer
+    """The model's chat format."""
+    max_length: int
+    """Limit in tokens, prompt and answer together."""
+    overlong: Overlong
+    """What to do with a longer row."""
+    turns: Turns = "flagged"
+    """Which replies of a conversation are learnt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedChunk:
+    """What became of some rows in a row; places are those in the whole input."""
+
+    examples: list[Example] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    """For each example, the place of its record."""
+    dropped: dict[int, str] = field(default_factory=dict)
+    """The places of rows left out, and where they come from."""
+    shortened: dict[int, Record] = field(default_factory=dict)
+    """The places of shortened rows, and what is left of them."""
+    problems: list[Problem] = field(default_factory=list)
 
 
 def fit_rows(
@@ -45,7 +77,7 @@ def fit_rows(
     overlong: Overlong,
     turns: Turns = "flagged",
 ) -> FittedRows:
-    """Training examples of `records`, none longer than `max_length` tokens.
+    """Training examples of `records`, none longer than `max_length` tokens; all in memory.
 
     Args:
         records: rows with targets that fit their task's form.
@@ -58,50 +90,68 @@ def fit_rows(
     Raises:
         DataError: policy `error` and some rows are too long, or a row cannot be shortened; all of them are named.
     """
-    examples: list[Example] = []
-    rows, fitted, kept, dropped, shortened = [], [], [], [], []
-    problems: list[Problem] = []
-    for place, (record, task) in enumerate(zip(records, tasks, strict=True)):
-        made = render_record(record, task, renderer, turns=turns)
+    how = Fitting(renderer=renderer, max_length=max_length, overlong=overlong, turns=turns)
+    chunks = [
+        fit_chunk(start, records[start : start + CHUNK_ROWS], tasks[start : start + CHUNK_ROWS], how)
+        for start in range(0, len(records), CHUNK_ROWS)
+    ]
+    refuse_problems([problem for chunk in chunks for problem in chunk.problems], len(records), max_length)
+    dropped = {place: source for chunk in chunks for place, source in chunk.dropped.items()}
+    shortened = {place: record for chunk in chunks for place, record in chunk.shortened.items()}
+    kept = tuple(place for place in range(len(records)) if place not in dropped)
+    return FittedRows(
+        examples=tuple(example for chunk in chunks for example in chunk.examples),
+        rows=tuple(row for chunk in chunks for row in chunk.rows),
+        records=tuple(shortened.get(place, records[place]) for place in kept),
+        kept=kept,
+        dropped=tuple(dropped.values()),
+        shortened=tuple(record.source for record in shortened.values()),
+    )
+
+
+def fit_chunk(start: int, records: Iterable[Record], tasks: Sequence[Task], how: Fitting) -> FittedChunk:
+    """The examples of `records`, of which the first stands at place `start` of the input; tokenised together."""
+    rows = list(records)
+    talks = [conversation_of(record, task) for record, task in zip(rows, tasks, strict=True)]
+    rendered = how.renderer.render_conversations(talks, turns=how.turns)
+    chunk = FittedChunk()
+    for place, (record, task, made) in enumerate(zip(rows, tasks, rendered, strict=True), start=start):
+        examples = made
         longest = max(made, key=len)
-        if len(longest) > max_length:
-            if overlong == "drop":
-                dropped.append(record.source)
+        if len(longest) > how.max_length:
+            if how.overlong == "drop":
+                chunk.dropped[place] = record.source
                 continue
             shorter = None
-            if overlong == "shorten_input":
+            if how.overlong == "shorten_input":
                 num_answer = longest.num_answer
-                shorter = shorten_record(record, renderer, num_answer=num_answer, max_length=max_length)
+                shorter = shorten_record(record, how.renderer, num_answer=num_answer, max_length=how.max_length)
             if shorter is None:
-                problems.append(_too_long(record, longest, max_length, overlong))
+                chunk.problems.append(_too_long(record, longest, how.max_length, how.overlong))
                 continue
-            shortened.append(record.source)
-            record = shorter
-            made = render_record(record, task, renderer, turns=turns)
-        examples += made
-        rows += [place] * len(made)
-        fitted.append(record)
-        kept.append(place)
+            chunk.shortened[place] = shorter
+            examples = render_record(shorter, task, how.renderer, turns=how.turns)
+        chunk.examples.extend(examples)
+        chunk.rows.extend([place] * len(examples))
+    return chunk
+
+
+def refuse_problems(problems: Sequence[Problem], num_rows: int, max_length: int) -> None:
+    """Return when no row is too long. Raises DataError that names those that are."""
     if problems:
-        raise DataError(f"{len(problems)} of {len(records)} rows are longer than {max_length} tokens.", problems)
-    return FittedRows(
-        examples=tuple(examples),
-        rows=tuple(rows),
-        records=tuple(fitted),
-        kept=tuple(kept),
-        dropped=tuple(dropped),
-        shortened=tuple(shortened),
-    )
+        raise DataError(f"{len(problems)} of {num_rows} rows are longer than {max_length} tokens.", problems)
 
 
 def render_record(record: Record, task: Task, renderer: Renderer, *, turns: Turns = "flagged") -> tuple[Example, ...]:
     """The training examples of one record, its answer written in the task's form; one example, as a rule."""
-    reply = Message(
-        role="assistant",
-        text=record.says if record.calls else task.write_target(record),
-        calls=record.calls,
-    )
-    return renderer.render_conversation(record.messages, reply, tools=record.tools, turns=turns)
+    return renderer.render_conversations([conversation_of(record, task)], turns=turns)[0]
+
+
+def conversation_of(record: Record, task: Task) -> Conversation:
+    """The whole conversation of a record, its answer written in the task's form."""
+    text = record.says if record.calls else task.write_target(record)
+    reply = Message(role="assistant", text=text, calls=record.calls)
+    return Conversation(messages=record.messages, reply=reply, tools=record.tools)
 
 
 def shorten_record(record: Record, renderer: Renderer, *, num_answer: int, max_length: int) -> Record | None:

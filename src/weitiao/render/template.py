@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RenderError
 from ..messages import Message, write_calls
-from .base import Renderer, Tools
+from .base import Conversation, Example, Renderer, Tools, Turns, join_turns
 from .tools import describe_tools, tools_as_text
 
 if TYPE_CHECKING:
@@ -37,16 +38,20 @@ class TemplateRenderer(Renderer):
             RenderError: the tokenizer has no end token, no single chat template, or cannot encode a text in parts.
         """
         self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
         self._template = _template_of(tokenizer)
         self._knows_tools = "tools" in self._template
         control = self._control_strings()
         self._control_pattern = _any_of(control)
         self._escaped = [*control, _OPEN, _CLOSE]
         self._escaped_pattern = _any_of(self._escaped)
+        # looked for first: Gemma has six thousand control strings, too many to try at every character of a text
+        self._control_start, self._escaped_start = _any_start_of(control), _any_start_of(self._escaped)
         self._anchor, self._anchor_ids = self._find_anchor()
         self._end_ids = self._find_end()
         others = [i for i in (tokenizer.eos_token_id, *extra_stop_ids) if isinstance(i, int)]
         self._stop_ids = tuple(dict.fromkeys([self._end_ids[-1], *others]))
+        self._opening_ids = self._find_opening()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -57,25 +62,53 @@ class TemplateRenderer(Renderer):
         return self._template
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[int, ...]:
-        if not messages or messages[-1].role not in ("user", "tool"):
-            raise RenderError("A prompt must end with a message of the user, or with what a tool gave back.")
-        if self._template:
-            return tuple(self._encode_templated(self._apply_template(messages, tools, prompt=True)))
-        return (*self._opening_ids(), *self._encode(self._cut(self._plain_text(messages, tools)), opening=True))
+        return self._encode_all([self._write_prompt(messages, tools)])[0]
 
     def render_answer(self, answer: str) -> tuple[int, ...]:
-        return (*self._encode(self._cut(answer)), *self._end_ids)
+        return self._encode_all([self._write_answer(answer)])[0]
 
     def render_reply(self, messages: Sequence[Message], reply: Message, tools: Tools = ()) -> tuple[int, ...]:
         """As the template writes a reply with tool calls; as `write_calls` does where the template knows none."""
+        return self._encode_all([self._write_reply(messages, reply, tools)])[0]
+
+    def render_conversations(
+        self, conversations: Sequence[Conversation], *, turns: Turns = "flagged"
+    ) -> list[tuple[Example, ...]]:
+        """As the base class says; the texts of all conversations are tokenised together, on all cores."""
+        written: list[_Written] = []
+        counts: list[int] = []
+        for talk in conversations:
+            places = talk.learnt_places(turns)
+            for place in places:
+                before = talk.messages[:place]
+                written.append(self._write_prompt(before, talk.tools))
+                written.append(self._write_reply(before, talk.turn(place), talk.tools))
+            counts.append(len(places))
+        encoded = iter(self._encode_all(written))
+        return [join_turns([(next(encoded), next(encoded)) for _ in range(count)]) for count in counts]
+
+    def _write_prompt(self, messages: Sequence[Message], tools: Tools) -> _Written:
+        if not messages or messages[-1].role not in ("user", "tool"):
+            raise RenderError("A prompt must end with a message of the user, or with what a tool gave back.")
+        if self._template:
+            return _Written(
+                pieces=self._cut_templated(self._apply_template(messages, tools, prompt=True)), opening=True
+            )
+        pieces = self._cut(self._plain_text(messages, tools))
+        return _Written(before=self._opening_ids, pieces=pieces, opening=True)
+
+    def _write_answer(self, answer: str) -> _Written:
+        return _Written(pieces=self._cut(answer), after=tuple(self._end_ids))
+
+    def _write_reply(self, messages: Sequence[Message], reply: Message, tools: Tools) -> _Written:
         if reply.calls and self._knows_tools:
             prompt = self._apply_template(messages, tools, prompt=True)
             whole = self._apply_template([*messages, reply], tools, prompt=False)
             if whole.startswith(prompt):
                 ids = self._encode_templated(whole[len(prompt) :], opening=False)
                 if self._end_ids[-1] in ids:
-                    return tuple(ids[: ids.index(self._end_ids[-1]) + 1])
-        return self.render_answer(write_calls(reply.text, reply.calls) if reply.calls else reply.text)
+                    return _Written(before=tuple(ids[: ids.index(self._end_ids[-1]) + 1]))
+        return self._write_answer(write_calls(reply.text, reply.calls) if reply.calls else reply.text)
 
     def read_answer(self, token_ids: Sequence[int]) -> str:
         kept = list(token_ids)
@@ -145,6 +178,8 @@ class TemplateRenderer(Renderer):
 
     def _escape(self, text: str) -> str:
         """`text` with a numbered mark in the place of every control string, and of the characters that make a mark."""
+        if not self._escaped_start.search(text):
+            return text
         return self._escaped_pattern.sub(lambda match: f"{_OPEN}{self._escaped.index(match.group())}{_CLOSE}", text)
 
     def _control_strings(self) -> list[str]:
@@ -172,17 +207,20 @@ class TemplateRenderer(Renderer):
         return self._decode([*self._anchor_ids, *token_ids]).removeprefix(self._decode(self._anchor_ids))
 
     def _encode_templated(self, text: str, *, opening: bool = True) -> list[int]:
-        """Ids of templated text, whose control strings are meant and whose numbered marks are plain text.
+        """Ids of templated text, whose control strings are meant and whose numbered marks are plain text."""
+        return self._encode(self._cut_templated(text), opening=opening)
 
-        The text is cut only where a mark stands, so everything else is tokenised exactly as the tokenizer would.
-        """
+    def _cut_templated(self, text: str) -> list[str]:
+        """Templated text in pieces, cut only where a mark stands: the rest is tokenised exactly as it would be."""
         pieces: list[str] = []
         for place, part in enumerate(_MARK.split(text)):
             pieces += self._cut(self._escaped[int(part)]) if place % 2 else [part]
-        return self._encode(pieces, opening=opening)
+        return pieces
 
     def _cut(self, text: str) -> list[str]:
         """Plain text in pieces none of which holds a whole control string: each is cut behind its first character."""
+        if not self._control_start.search(text):
+            return [text]
         pieces: list[str] = []
         while found := self._control_pattern.search(text):
             if len(found.group()) == 1:
@@ -196,11 +234,48 @@ class TemplateRenderer(Renderer):
 
     def _encode(self, pieces: Sequence[str], *, opening: bool = False) -> list[int]:
         """Ids of `pieces` one after the other; `opening` says that nothing but control tokens stands before them."""
-        ids: list[int] = []
-        for piece in filter(None, pieces):
-            ids += self._tokenize(piece) if opening or not self._anchor else self._tokenize_behind(self._anchor, piece)
-            opening = False
-        return ids
+        return list(self._encode_all([_Written(pieces=pieces, opening=opening)])[0])
+
+    def _encode_all(self, written: Sequence[_Written]) -> list[tuple[int, ...]]:
+        """The ids of each, tokenised in one go."""
+        texts: list[str] = []
+        behind: list[bool] = []
+        for each in written:
+            for place, piece in enumerate(filter(None, each.pieces)):
+                inside = bool(self._anchor) and not (each.opening and place == 0)
+                texts.append(self._anchor + piece if inside else piece)
+                behind.append(inside)
+        encoded = zip(texts, behind, self._tokenize_all(texts), strict=True)
+        whole: list[tuple[int, ...]] = []
+        for each in written:
+            ids = list(each.before)
+            for _ in filter(None, each.pieces):
+                text, inside, found = next(encoded)
+                ids += self._without_anchor(text, found) if inside else found
+            whole.append((*ids, *each.after))
+        return whole
+
+    def _without_anchor(self, text: str, ids: list[int]) -> list[int]:
+        """The ids behind the anchor that `text` begins with."""
+        if ids[: len(self._anchor_ids)] != self._anchor_ids:
+            inside = text.removeprefix(self._anchor)
+            raise RenderError(f"The tokenizer {type(self._tokenizer).__name__} cannot encode {inside[:40]!r} in parts.")
+        return ids[len(self._anchor_ids) :]
+
+    def _tokenize_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text as `_tokenize` gives them.
+
+        Straight to the Rust library, which works on all cores: transformers' own call costs twice as much as
+        tokenising, most of it for masks and offsets that nobody asks for.
+        """
+        backend = self._backend
+        if backend.truncation is not None or backend.padding is not None:  # left by a call with other wishes
+            backend.no_truncation()
+            backend.no_padding()
+        different = list(dict.fromkeys(texts))  # among rows of a few labels half of the texts are the same
+        encoded = backend.encode_batch_fast(different, add_special_tokens=False)
+        ids_of = {text: encoding.ids for text, encoding in zip(different, encoded, strict=True)}
+        return [ids_of[text] for text in texts]
 
     def _tokenize_behind(self, anchor: str, text: str) -> list[int]:
         """Ids of `text` inside a longer text: tokenizers that put a blank before every text do not put it here."""
@@ -234,10 +309,10 @@ class TemplateRenderer(Renderer):
             f"so a prompt would not be the beginning of its training example."
         )
 
-    def _opening_ids(self) -> list[int]:
+    def _find_opening(self) -> tuple[int, ...]:
         """What the tokenizer puts before every text, such as ``<bos>``; an end token it adds is left out."""
         ids = self._tokenizer("", add_special_tokens=True)["input_ids"]
-        return [i for i in ids if i != self._tokenizer.eos_token_id or i == self._tokenizer.bos_token_id]
+        return tuple(i for i in ids if i != self._tokenizer.eos_token_id or i == self._tokenizer.bos_token_id)
 
     def _find_end(self) -> list[int]:
         """The tokens that end an answer: what the template writes after it up to its first control token, else eos."""
@@ -266,6 +341,26 @@ def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return template or ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Written:
+    """Text on its way to tokens."""
+
+    before: tuple[int, ...] = ()
+    """Tokens known already, which stand before the text."""
+    pieces: Sequence[str] = ()
+    """The text, in pieces that are tokenised apart."""
+    opening: bool = False
+    """Whether nothing but control tokens stands before the text."""
+    after: tuple[int, ...] = ()
+    """Tokens known already, which stand behind the text."""
+
+
 def _any_of(strings: Sequence[str]) -> re.Pattern[str]:
     """A pattern that finds any of `strings`, the longest first; one that finds nothing when there are none."""
     return re.compile("|".join(re.escape(text) for text in sorted(strings, key=len, reverse=True)) or r"(?!)")
+
+
+def _any_start_of(strings: Sequence[str]) -> re.Pattern[str]:
+    """A pattern that finds the first character of any of `strings`; one that finds nothing when there are none."""
+    firsts = "".join(re.escape(first) for first in sorted({text[0] for text in strings}))
+    return re.compile(f"[{firsts}]" if firsts else r"(?!)")

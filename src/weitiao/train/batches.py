@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data.order import share_passes
 from ..render.base import Example
+from ..render.example_store import lengths_of
 
 ROUND_TOKENS = 128
 """Passes of few different lengths: oneDNN compiles a kernel for every new shape and keeps it. On 2 AMX cores this made
@@ -91,7 +92,7 @@ def make_batches(
 
 def make_probe(rows: Sequence[Example], *, num_targets: int = 16) -> Batch:
     """A small batch for checks: the shortest row with at most `num_targets` of its learnt tokens."""
-    batch = make_batches([min(rows, key=len)], tokens_per_pass=1)[0]
+    batch = make_batches([rows[int(lengths_of(rows).argmin())]], tokens_per_pass=1)[0]
     return replace(
         batch,
         predictors=batch.predictors[:num_targets],
