@@ -110,8 +110,9 @@ class DeclaredTask(Part):
     """A task declared by hand instead of inferred from the labels."""
 
     name: str = Field(description="Name of the task, as in the rows' task field or as inferred.")
-    shape: Literal["object list", "object", "label list", "label", "text"] = Field(
-        description="What an answer is: a list of objects, one object, a list of labels, one label, or free text."
+    shape: Literal["object list", "object", "label list", "string list", "label", "text"] = Field(
+        description="What an answer is: a list of objects, one object, a list of labels, a list of any strings, one "
+        "label, or free text."
     )
     keys: tuple[str, ...] = Field((), description="Keys of the objects, in order.")
     labels: tuple[str, ...] = Field((), description="The closed set of labels.")

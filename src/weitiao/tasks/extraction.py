@@ -1,8 +1,8 @@
 """Counting facts: triples, entities and attributes, as true positives, false positives and false negatives.
 
-A fact of a list of objects is the tuple of its content fields; "typed" facts add the ``…_type`` fields. A fact of
-one object of attributes is a (key, value) pair; the placeholder of absence is no fact, so that saying "not in the
-text" rightly earns nothing and costs nothing, and inventing a value costs precision.
+A fact of a list of objects is the tuple of its content fields; "typed" facts add the ``…_type`` fields. A fact of a
+list of strings is a string. A fact of one object of attributes is a (key, value) pair; the placeholder of absence is no
+fact, so that saying "not in the text" rightly earns nothing and costs nothing, and inventing a value costs precision.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def facts(form: AnswerForm, answer: Answer, *, typed: bool) -> set[Fact]:
             for value in (values if isinstance(values, list) else [values])
             if value != absent[key]
         }
+    if form.shape == "string list":
+        return {(item,) for item in answer}
     keys = [field.key for field in form.fields if typed or not field.key.endswith("_type")]
     return {tuple(str(item[key]) for key in keys) for item in answer}
 
