@@ -162,8 +162,6 @@ def test_weights_of_a_step_sum_to_one_for_any_row_balance(
     assert sum(batch.weights.double().sum().item() for batch in batches) == pytest.approx(1, rel=1e-5)
 
 
-@settings(max_examples=30)
-@given(rows=examples)
 @given(weights=st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0]), max_size=20), seed=st.integers(0, 9))
 def test_epochs_are_counted_without_drawing_them(weights: list[float], seed: int) -> None:
     drawn = [len(epoch_order(weights, seed=seed, epoch=epoch)) for epoch in range(4)]
@@ -179,6 +177,8 @@ def test_every_row_has_one_pass_and_no_two_passes_could_be_one(lengths: list[int
     assert all(one + other > tokens_per_pass for one, other in itertools.combinations(sizes, 2))
 
 
+@settings(max_examples=30)
+@given(rows=examples)
 def test_row_balance_0_weighs_tokens_equally_and_1_weighs_rows_equally(rows: list[Example]) -> None:
     tokens = torch.cat([batch.weights for batch in make_batches(rows, tokens_per_pass=20, row_balance=0)])
     torch.testing.assert_close(tokens, torch.full_like(tokens, 1 / len(tokens)))

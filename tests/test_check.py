@@ -6,7 +6,7 @@ import html.parser
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from click.testing import Result
@@ -236,7 +236,23 @@ def test_counted_tokens_are_those_of_training_to_within_a_few(model: str, reques
         conversations = conversations[:1]
     counts = counter.count([(messages, '["体育"]') for messages in conversations])
     true = [len(renderer.render_example(messages, '["体育"]')) for messages in conversations]
-    assert all(abs(count - length) <= 2 for count, length in zip(counts, true, strict=True)), (counts, true)
+    assert all(abs(count.total - length) <= 2 for count, length in zip(counts, true, strict=True)), (counts, true)
+
+
+def test_the_replies_that_are_learnt_are_counted_as_training_learns_them(tiny_qwen2_folder: Path) -> None:
+    counter, renderer = open_counter(str(tiny_qwen2_folder)), open_renderer(str(tiny_qwen2_folder))
+    assert counter is not None
+    messages = (
+        Message(role="user", text="小王住在哪里？"), Message(role="assistant", text="北京。"),
+        Message(role="user", text="她呢？"), Message(role="assistant", text="她住在上海。", learn=False),
+        Message(role="user", text="写一个标签。"),
+    )  # fmt: skip
+    choices: tuple[Literal["flagged", "all", "last"], ...] = ("last", "flagged", "all")
+    learnt = [counter.count([(messages, '["体育"]')], turns=turns)[0].learnt for turns in choices]
+    reply = Message(role="assistant", text='["体育"]')
+    true = [renderer.render_conversation(messages, reply, turns=turns)[0].num_supervised for turns in choices]
+    assert learnt == true
+    assert learnt[0] < learnt[1] < learnt[2]
 
 
 def test_without_a_tokenizer_a_limit_counts_characters() -> None:

@@ -112,7 +112,7 @@ def _probe(recipe: Recipe, plan: Plan, device: torch.device, limit: int) -> Plan
     check_head(setup.trained, make_probe(examples).to(device))
     steps = _time_steps(setup, prepared, settings) * estimate.steps
     compiles = will_compile(settings, estimate.seconds)
-    peak = peak_bytes(device) + scoring_bytes(recipe, prepared) + later_bytes(device, compiles=compiles)
+    peak = peak_bytes(device) + scoring_bytes(recipe, prepared) + later_bytes(device, steps=estimate.steps)
     scorings = _count_scorings(settings, estimate.steps) if prepared.scored(settings) else 0
     times = Times(
         steps=steps,

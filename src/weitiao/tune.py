@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from peft import PeftModel
@@ -13,29 +13,111 @@ from transformers import PreTrainedModel
 
 from .contract import Contract
 from .data.reading import describe_sources
-from .data.records import Record
 from .dataset import Dataset, load_dataset, read_options
 from .environment import environment
 from .errors import DataError, RecipeError
 from .evaluate.predict import Answerer
 from .evaluate.score import Prediction, overall, score_predictions
-from .generate.engine import Sampling
+from .generate.engine import Sampling, cache_bytes
+from .models.adapters import base_model
 from .models.families import OpenModel, open_model
-from .recipe import Generate, Recipe
-from .render.fitting import FittedRows, fit_rows
+from .recipe import Generate, Recipe, Train
+from .render.base import Example
+from .render.example_store import answers_of
+from .render.fitting import FittedRows
 from .runs import RunFolder, write_json, write_text, writing
 from .tasks.base import Task
+from .token_cache import Side, fit_side
 from .train.checkpoint import require_same, rust_os_errors
 from .train.loop import OnEval, Outcome, Scoring, train
 from .train.model import require_compiler
+from .train.packing import check_packing
 from .tuning.methods import add_adapter
 
 _VOLATILE = {
-    "train": ("log_every", "keep_checkpoints", "save_every"),
+    "train": ("log_every", "keep_checkpoints", "save_every", "price_per_hour", "currency"),
     "generate": ("batch_rows",),
     "evaluate": ("base", "resamples"),
 }
 """Settings that may change between the sittings of one run, because the tuned weights do not depend on them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Rows, model and fresh adapter, ready to be trained; nothing is written yet."""
+
+    dataset: Dataset
+    opened: OpenModel
+    model: PeftModel
+    train_rows: FittedRows
+    dev_rows: FittedRows
+    answer_limits: Mapping[str, int]
+    """For each task, the most tokens of an answer."""
+
+    @property
+    def weights(self) -> list[float]:
+        """For each train example, how often it is seen per epoch."""
+        return [self.dataset.weights[place] for place in self.train_rows.rows]
+
+    @property
+    def train_tasks(self) -> list[str]:
+        """For each train example, the name of its task."""
+        return [self.dataset.train_tasks[place].name for place in self.train_rows.rows]
+
+    @property
+    def dev_tasks(self) -> list[str]:
+        """The same for the dev examples."""
+        return [self.dataset.dev_tasks[place].name for place in self.dev_rows.rows]
+
+    def scored(self, settings: Train) -> list[int]:
+        """Places among the dev rows' records that are scored while training, evenly spread; none where none are."""
+        count = len(self.dev_rows.records)
+        if settings.evaluate_every == "never" or not count:
+            return []
+        return list(range(0, count, -(-count // (settings.evaluate_rows or count))))
+
+    def scored_examples(self, settings: Train) -> list[Example]:
+        """For each of the scored records its example; of a conversation in several examples, the last."""
+        last = {row: number for number, row in enumerate(self.dev_rows.rows)}
+        return [self.dev_rows.examples[last[self.dev_rows.kept[place]]] for place in self.scored(settings)]
+
+    def dev_task(self, place: int) -> Task:
+        """The task of the dev rows' record at `place`."""
+        return self.dataset.dev_tasks[self.dev_rows.kept[place]]
+
+
+def prepare(recipe: Recipe, *, console: Console) -> Prepared:
+    """Everything that training starts from; `console` is told of the tasks and of rows dropped or shortened.
+
+    Raises:
+        DataError, ModelError, RecipeError, RunError: the recipe cannot be trained.
+    """
+    require_compiler(recipe.train)
+    dataset = load_dataset(recipe)
+    _require_tasks(recipe, dataset)
+    for note in dataset.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    for name, (num_train, num_dev) in dataset.count_rows().items():
+        form = next(task.form for task in dataset.tasks if task.name == name)
+        console.print(f"task {name}: {num_train} train, {num_dev} dev rows; {form.describe()}", soft_wrap=True)
+    opened = open_model(recipe.model.path, dtype=recipe.model.dtype)
+    train_rows = _fit(recipe, dataset, "train", opened, console)
+    if not train_rows.examples:
+        raise DataError(
+            f"All {len(dataset.train)} train rows are longer than {recipe.data.max_length} tokens, so there is nothing "
+            f"to learn from. Raise data.max_length."
+        )
+    dev_rows = _fit(recipe, dataset, "dev", opened, console)
+    if recipe.train.packing:
+        check_packing(_plain(opened.model), train_rows.examples)
+    return Prepared(
+        dataset=dataset,
+        opened=opened,
+        model=add_adapter(_plain(opened.model), recipe.method, seed=recipe.train.seed),
+        train_rows=train_rows,
+        dev_rows=dev_rows,
+        answer_limits=_answer_limits(recipe.generate, dataset, train_rows, dev_rows),
+    )
 
 
 def tune_model(
@@ -48,41 +130,25 @@ def tune_model(
         KeyboardInterrupt: Ctrl-C; after the first one the step was finished and saved.
     """
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
-    require_compiler(recipe.train)
-    dataset = load_dataset(recipe)
+    prepared = prepare(recipe, console=console)
+    dataset, opened, limits = prepared.dataset, prepared.opened, prepared.answer_limits
     reading = describe_sources([(source.path, read_options(source, recipe.data)) for source in recipe.data.train])
-    _require_tasks(recipe, dataset)
-    for note in dataset.notes:
-        console.print(f"note: {note}", soft_wrap=True)
-    for name, (num_train, num_dev) in dataset.count_rows().items():
-        form = next(task.form for task in dataset.tasks if task.name == name)
-        console.print(f"task {name}: {num_train} train, {num_dev} dev rows; {form.describe()}", soft_wrap=True)
-    opened = open_model(recipe.model.path, dtype=recipe.model.dtype)
-    train_rows = _fit(recipe, dataset.train, dataset.train_tasks, opened, console)
-    if not train_rows.examples:
-        raise DataError(
-            f"All {len(dataset.train)} train rows are longer than {recipe.data.max_length} tokens, so there is nothing "
-            f"to learn from. Raise data.max_length."
-        )
-    dev_rows = _fit(recipe, dataset.dev, dataset.dev_tasks, opened, console)
-
-    limits = _answer_limits(recipe.generate, dataset, train_rows, dev_rows)
-    model = add_adapter(_plain(opened.model), recipe.method, seed=recipe.train.seed)
     run = RunFolder.create(Path(runs) / recipe.name, resume=resume)
     require_same(run, _depends_on(recipe, dataset, opened))
     if not run.recipe.exists():
         write_text(run.recipe, recipe.to_yaml())
     write_json(run.environment, environment().to_json())
     outcome = train(
-        model,
-        train_rows.examples,
-        [dataset.weights[place] for place in train_rows.rows],
-        dev_rows.examples,
+        prepared.model,
+        prepared.train_rows.examples,
+        prepared.weights,
+        prepared.dev_rows.examples,
         settings=recipe.train,
         run=run,
-        tasks=[dataset.train_tasks[place].name for place in train_rows.rows],
-        dev_tasks=[dataset.dev_tasks[place].name for place in dev_rows.rows],
-        on_eval=_make_on_eval(recipe, dataset, dev_rows, opened, limits),
+        tasks=prepared.train_tasks,
+        dev_tasks=prepared.dev_tasks,
+        on_eval=_make_on_eval(recipe, prepared),
+        scoring_bytes=scoring_bytes(recipe, prepared),
         console=console,
     )
     if not outcome.finished:
@@ -95,18 +161,11 @@ def tune_model(
     return run
 
 
-def _fit(
-    recipe: Recipe, records: Sequence[Record], tasks: Sequence[Task], opened: OpenModel, console: Console
-) -> FittedRows:
-    """Examples within the length limit; what was dropped or shortened is said."""
-    rows = fit_rows(
-        records,
-        tasks,
-        opened.renderer,
-        max_length=recipe.data.max_length,
-        overlong=recipe.data.overlong,
-        turns=recipe.data.turns,
-    )
+def _fit(recipe: Recipe, dataset: Dataset, side: Side, opened: OpenModel, console: Console) -> FittedRows:
+    """Examples within the length limit, from the cache where there are many; what was dropped or shortened is said."""
+    rows, note = fit_side(recipe.data, dataset, side, opened.renderer, model=opened.folder)
+    if note:
+        console.print(note, soft_wrap=True)
     more = len(rows.examples) - len(rows.records)
     if more:
         console.print(
@@ -197,9 +256,9 @@ def _answer_limits(
     limits = {}
     for task in dataset.tasks:
         lengths = [
-            example.num_answer
+            int(num_answer)
             for rows, tasks in ((train_rows, dataset.train_tasks), (dev_rows, dataset.dev_tasks))
-            for example, place in zip(rows.examples, rows.rows, strict=True)
+            for num_answer, place in zip(answers_of(rows.examples), rows.rows, strict=True)
             if tasks[place] is task
         ]
         auto = max(32, 3 * max(lengths, default=0) // 2)
@@ -217,23 +276,33 @@ def _sampling(settings: Generate, limits: Mapping[str, int]) -> Sampling:
     )
 
 
-def _make_on_eval(
-    recipe: Recipe, dataset: Dataset, dev_rows: FittedRows, opened: OpenModel, answer_limits: Mapping[str, int]
-) -> OnEval | None:
+def scoring_bytes(recipe: Recipe, prepared: Prepared) -> int:
+    """The memory that scoring while training adds: keys and values of the rows that are answered together."""
+    examples = prepared.scored_examples(recipe.train)
+    if not examples:
+        return 0
+    return cache_bytes(
+        base_model(prepared.model),
+        longest_prompt=max(len(example) - example.num_answer for example in examples),
+        max_new_tokens=max(prepared.answer_limits.values()),
+        num_rows=min(recipe.generate.batch_rows, len(examples)),
+    )
+
+
+def _make_on_eval(recipe: Recipe, prepared: Prepared) -> OnEval | None:
     """What the loop calls to score the dev rows: the same asking and scoring as `evaluate_run`."""
-    limit = recipe.train.evaluate_rows or len(dev_rows.records)
-    stride = max(1, -(-len(dev_rows.records) // max(1, limit)))
-    records = dev_rows.records[::stride]
-    tasks = [dataset.dev_tasks[place] for place in dev_rows.kept[::stride]]
-    if not records or recipe.train.evaluate_every == "never":
+    places = prepared.scored(recipe.train)
+    records = [prepared.dev_rows.records[place] for place in places]
+    tasks = [prepared.dev_task(place) for place in places]
+    if not records:
         return None
 
     def on_eval(model: PreTrainedModel) -> Scoring:
         answerer = Answerer(
             model=model,
-            renderer=opened.renderer,
-            sampling=_sampling(recipe.generate, answer_limits),
-            answer_limits=answer_limits,
+            renderer=prepared.opened.renderer,
+            sampling=_sampling(recipe.generate, prepared.answer_limits),
+            answer_limits=prepared.answer_limits,
             batch_rows=recipe.generate.batch_rows,
         )
         replies = {reply.index: reply for reply in answerer.answer(records, tasks)}
@@ -248,7 +317,7 @@ def _make_on_eval(
             )
             for index, (record, task) in enumerate(zip(records, tasks, strict=True))
         ]
-        scores = score_predictions(predictions, dataset.tasks, resamples=0)
+        scores = score_predictions(predictions, prepared.dataset.tasks, resamples=0)
         scored = [score for score in scores if score.rows]
         return Scoring(
             overall=overall(scored),

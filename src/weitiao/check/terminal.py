@@ -38,8 +38,8 @@ def print_checkup(checkup: Checkup, console: Console) -> None:
     told = [f"{one.over:,} over {one.limit:,}" for one in checkup.limits]
     if told:
         console.print(_line(f"  rows too long for a limit in {checkup.limits_unit}: {', '.join(told)}", "dim"))
-    for what, told in checkup.plan.figures() if checkup.plan else ():
-        console.print(_line(f"{what}: {told}"))
+    for what, figure in checkup.plan.figures() if checkup.plan else ():
+        console.print(_line(f"{what}: {figure}"))
     for grade in GRADES:
         for finding in checkup.of_grade(grade):
             print_finding(finding, console)

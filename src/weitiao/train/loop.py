@@ -70,6 +70,7 @@ def train(
     tasks: Sequence[str] = (),
     dev_tasks: Sequence[str] = (),
     on_eval: OnEval | None = None,
+    scoring_bytes: int = 0,
     console: Console | None = None,
 ) -> Outcome:
     """Tune the trainable parameters of `model`; on return ``run.adapter`` holds the best adapter.
@@ -86,11 +87,12 @@ def train(
         tasks: for each example, the name its loss is told under; none: the loss of all is told alone.
         dev_tasks: the same for `dev_examples`.
         on_eval: scores the model on the dev rows by generation; without it the dev loss chooses the best step.
+        scoring_bytes: memory that `on_eval` takes beside the model; for the plan that is shown first.
         console: where progress is shown.
     """
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
     base = base_model(model)
-    plan = make_plan(base, examples, weights, settings)
+    plan = make_plan(base, examples, weights, settings, scoring_bytes=scoring_bytes)
     console.print(plan.describe(), soft_wrap=True)
     setup = set_up(model, settings, steps=plan.steps)
     trained, optimiser, scheduler = setup.trained, setup.optimiser, setup.scheduler

@@ -12,12 +12,14 @@ import torch
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Where Linux says what a container may take, version 2 and 1."""
 
+_OWN_STATUS = Path("/proc/self/status")
+
 
 def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has taken so far: of the GPU for a GPU, else of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    if (peak := _kilobytes(Path("/proc/self/status"), "VmHWM")) is not None:
+    if (peak := _kilobytes(_OWN_STATUS, "VmHWM")) is not None:
         return peak * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -30,8 +32,8 @@ def limit_bytes(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limits += [int(text) for path in _CGROUP_LIMITS if (text := _read(path)).isdecimal()]
-    free, own = _kilobytes(Path("/proc/meminfo"), "MemAvailable"), _kilobytes(Path("/proc/self/status"), "VmRSS")
-    limits += [(free + own) * 1024] if free is not None and own is not None else []
+    others_leave, own = _kilobytes(Path("/proc/meminfo"), "MemAvailable"), _kilobytes(_OWN_STATUS, "VmRSS")
+    limits += [(others_leave + own) * 1024] if others_leave is not None and own is not None else []
     return min(limits)
 
 

@@ -7,7 +7,6 @@ attention; in the last two cases every row would see the rows before it, and nob
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +18,7 @@ from ..errors import ModelError
 from ..models.attention import PACKED
 from ..models.sources import first_line
 from ..render.base import Example
+from ..render.example_store import lengths_of
 
 _WAY_OUT = "Set train.packing=false: rows are then taken one at a time, which is slower."
 
@@ -32,12 +32,12 @@ def check_packing(model: PreTrainedModel, examples: Sequence[Example]) -> None:
     Raises:
         ModelError: the model cannot be trained on packed rows; the sentence says why and names ``train.packing``.
     """
-    shortest = heapq.nsmallest(2, examples, key=len)
-    first, second = (shortest[0], shortest[-1])
+    shortest = lengths_of(examples).argsort(kind="stable")[:2].tolist()
+    first, second = examples[shortest[0]], examples[shortest[-1]]
     with torch.no_grad(), _packed(model):
-        model.train()  # some models ask for dropout in the attention, in training only
+        model.train()  # dropout in the attention is asked for in training only …
         _run(model, [first, second])
-        model.eval()  # while the adapter's own dropout would make any two passes differ
+        model.eval()  # … and any dropout would make two passes differ
         together = _run(model, [first, second])[len(first) :]
     with torch.no_grad():
         alone = _run(model, [second])

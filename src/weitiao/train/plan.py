@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from ..data.order import num_steps
 from ..recipe import Train
 from ..render.base import Example
+from ..render.example_store import lengths_of, supervised_of
 from ..tuning.methods import count_parameters
 from .model import can_compile
 from .progress import format_seconds
@@ -21,6 +23,19 @@ _EAGER_EFFICIENCY = 0.35
 
 COMPILE_REPAYS_SECONDS = 240.0
 """Compiling costs 40 to 60 s on 2 CPU cores and makes the steps about 1.5 times as fast."""
+
+COMPILE_SECONDS, COMPILED_SPEEDUP = 50.0, 1.4
+"""What is foretold of compiling where it was not tried: the middle of what was seen on 2 CPU cores."""
+
+_PROGRAM_BYTES = 600 << 20
+"""Python with torch and transformers 0.35 GB, a tokenizer of 262,144 words 0.25 GB."""
+
+_HEAD_BYTES = 160 << 20
+"""The loss's buffers: 128 MB of logits in flight and the softmax of a part of them."""
+
+_KERNEL_BYTES, _KERNEL_STEPS = 750 << 20, 60
+"""On a CPU a kernel is made and kept for every new shape: 2.7 GB after three steps of Gemma 3 270M, the one with the
+largest pass among them, were 3.5 GB after 60."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +65,18 @@ class Plan:
         )
 
 
-def make_plan(model: PreTrainedModel, examples: Sequence[Example], weights: Sequence[float], settings: Train) -> Plan:
-    """Estimate the run of `model` (adapter in place) over `examples`."""
-    tokens = round(sum(len(example) * weight for example, weight in zip(examples, weights, strict=True)))
-    supervised = round(sum(e.num_supervised * weight for e, weight in zip(examples, weights, strict=True)))
+def make_plan(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    weights: Sequence[float],
+    settings: Train,
+    *,
+    scoring_bytes: int = 0,
+) -> Plan:
+    """Estimate the run of `model` (adapter in place) over `examples`; `scoring_bytes`: memory that scoring adds."""
+    lengths, learnt = lengths_of(examples).tolist(), supervised_of(examples).tolist()
+    tokens = round(sum(length * weight for length, weight in zip(lengths, weights, strict=True)))
+    supervised = round(sum(count * weight for count, weight in zip(learnt, weights, strict=True)))
     trainable, parameters = count_parameters(model)
     head = model.get_output_embeddings().weight
     body = parameters - head.numel()
@@ -61,17 +84,21 @@ def make_plan(model: PreTrainedModel, examples: Sequence[Example], weights: Sequ
     flops = 4 * body * tokens + 4 * head.numel() * supervised
     if settings.gradient_checkpointing:
         flops += 2 * body * tokens
-    per_pass = min(settings.tokens_per_pass, max(1, tokens))
+    longest, most = max(lengths), sum(heapq.nlargest(settings.batch_size, lengths))
+    per_pass = max(longest, min(settings.tokens_per_pass, most)) if settings.packing else longest
+    seconds = flops * settings.epochs / (_EAGER_EFFICIENCY * _matrix_peak(head.dtype, head.device))
+    memory = _memory(model, per_pass, trainable, checkpointing=settings.gradient_checkpointing)
+    steps = num_steps(weights, batch_size=settings.batch_size, seed=settings.seed, epochs=settings.epochs)
     return Plan(
-        steps=num_steps(weights, batch_size=settings.batch_size, seed=settings.seed, epochs=settings.epochs),
+        steps=steps,
         rows=len(examples),
         tokens_per_epoch=tokens,
         supervised_per_epoch=supervised,
-        longest=max(len(example) for example in examples),
+        longest=longest,
         trainable=trainable,
         parameters=parameters,
-        memory_bytes=_memory(model, per_pass, trainable, checkpointing=settings.gradient_checkpointing),
-        seconds=flops * settings.epochs / (_EAGER_EFFICIENCY * _matrix_peak(head.dtype, head.device)),
+        memory_bytes=memory + scoring_bytes + later_bytes(head.device, steps=steps),
+        seconds=seconds,
     )
 
 
@@ -82,8 +109,24 @@ def will_compile(settings: Train, seconds: float) -> bool:
     )
 
 
+def may_compile(settings: Train) -> bool:
+    """Whether the recipe leaves it to the length of the run, or to its user, that layers are compiled."""
+    return settings.compile != "never" and can_compile()
+
+
+def later_bytes(device: torch.device, *, steps: int) -> int:
+    """Memory that a run of so many `steps` takes beyond its first ones: on a CPU, the kernels kept for every shape.
+
+    Compiling adds none: with the compiler and its processes, 8 steps took 3.0 GB where they take 3.1 GB without it.
+    """
+    return round(_KERNEL_BYTES * min(1.0, steps / _KERNEL_STEPS)) if device.type == "cpu" else 0
+
+
 def _memory(model: PreTrainedModel, tokens: int, trainable: int, *, checkpointing: bool) -> int:
-    """Weights, adapter with its optimiser, activations of one pass and the head's buffers, in bytes."""
+    """What the process takes in its first steps, in bytes.
+
+    Weights, adapter with its optimiser, activations of one pass, the head's buffers, and on a CPU the program itself.
+    """
     config = model.config
     item = model.get_output_embeddings().weight.element_size()
     weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
@@ -91,7 +134,8 @@ def _memory(model: PreTrainedModel, tokens: int, trainable: int, *, checkpointin
         24 * config.hidden_size + 6 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     ) * item
     layers = 2 if checkpointing else config.num_hidden_layers
-    return int(weights + 12 * trainable + tokens * layers * per_token_layer + (1 << 28) + (400 << 20))
+    program = _PROGRAM_BYTES if model.device.type == "cpu" else 0
+    return int(weights + 12 * trainable + tokens * layers * per_token_layer + _HEAD_BYTES + program)
 
 
 def _matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
