@@ -34,6 +34,9 @@ KEPT_IN_MEMORY = 20_000
 
 _BLOCK_BYTES = 1 << 20
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+"""Made once: json.dumps would make one for every row."""
+
 
 class RecordStore(Sequence[Record]):
     """Rows in a file without a name; rows are added first, then read, from any thread."""
@@ -57,7 +60,7 @@ class RecordStore(Sequence[Record]):
         if not self._converters or self._converters[-1] is not converter:
             self._first_rows.append(len(self))
             self._converters.append(converter)
-        data = json.dumps([record.source, record.raw], ensure_ascii=False).encode("utf-8", "surrogatepass")
+        data = _ENCODER.encode([record.source, record.raw]).encode("utf-8", "surrogatepass")
         self._waiting.append(data)
         self._waiting_bytes += len(data)
         self._ends.append(self._ends[-1] + len(data))

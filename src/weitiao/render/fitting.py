@@ -112,7 +112,14 @@ def fit_rows(
 def fit_chunk(start: int, records: Iterable[Record], tasks: Sequence[Task], how: Fitting) -> FittedChunk:
     """The examples of `records`, of which the first stands at place `start` of the input; tokenised together."""
     rows = list(records)
-    talks = [conversation_of(record, task) for record, task in zip(rows, tasks, strict=True)]
+    written: dict[tuple[int, str], str] = {}  # labels are written once for all the rows that have them
+    talks = []
+    for record, task in zip(rows, tasks, strict=True):
+        answer = written.get((id(task), record.target)) if isinstance(record.target, str) else None
+        talk = conversation_of(record, task, answer)
+        if isinstance(record.target, str) and not record.calls and task.form.labels:
+            written[id(task), record.target] = talk.reply.text
+        talks.append(talk)
     rendered = how.renderer.render_conversations(talks, turns=how.turns)
     chunk = FittedChunk()
     for place, (record, task, made) in enumerate(zip(rows, tasks, rendered, strict=True), start=start):
@@ -147,9 +154,9 @@ def render_record(record: Record, task: Task, renderer: Renderer, *, turns: Turn
     return renderer.render_conversations([conversation_of(record, task)], turns=turns)[0]
 
 
-def conversation_of(record: Record, task: Task) -> Conversation:
-    """The whole conversation of a record, its answer written in the task's form."""
-    text = record.says if record.calls else task.write_target(record)
+def conversation_of(record: Record, task: Task, answer: str | None = None) -> Conversation:
+    """The whole conversation of a record, its answer written in the task's form; `answer`, where that is known."""
+    text = record.says if record.calls else answer if answer is not None else task.write_target(record)
     reply = Message(role="assistant", text=text, calls=record.calls)
     return Conversation(messages=record.messages, reply=reply, tools=record.tools)
 

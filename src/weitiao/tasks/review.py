@@ -21,6 +21,8 @@ from .base import Task, assign_task
 
 _SHOWN = 40
 _NO_TASK = 0xFFFF
+_MOST_SEEN = 10_000
+"""Answers of labels that are remembered: there are few of them, and many rows have each."""
 
 
 class Review:
@@ -31,6 +33,7 @@ class Review:
         self._task_of = array("H")
         self._kind_of = array("I")
         self._kinds: dict[tuple[int, tuple[str, ...]], int] = {}
+        self._seen: dict[tuple[int, str | None], tuple[tuple[str, ...], str | None]] = {}
         self._number = {id(task): number for number, task in enumerate(self._tasks)}
         self._same = SameRows()
         self.problems: list[Problem] = []
@@ -133,20 +136,24 @@ class Review:
             self._kind_of.append(0)
             return
         number = self._number[id(task)]
-        labels: tuple[str, ...] = ()
-        try:
-            gold = task.gold(record)
-            written = task.form.write(gold)
-        except FormError:
-            _, misfit = find_misfit(record, task)
-            assert misfit is not None, "what cannot be written does not fit"
-            self._refuse(place, misfit)
-        else:
-            if isinstance(record.target, str) and written != record.target:
-                self.num_respelled += 1
-                self.respelled += [record.source] if len(self.respelled) < 5 else []
-            if task.form.labels:
-                labels = tuple(gold) if isinstance(gold, list) else (gold,)
+        target = record.target if isinstance(record.target, str) else None
+        labels, written = self._seen.get((number, target), ((), None))
+        if written is None:
+            try:
+                gold = task.gold(record)
+                written = task.form.write(gold)
+            except FormError:
+                _, misfit = find_misfit(record, task)
+                assert misfit is not None, "what cannot be written does not fit"
+                self._refuse(place, misfit)
+            else:
+                if task.form.labels:
+                    labels = tuple(gold) if isinstance(gold, list) else (gold,)
+                    if target is not None and len(self._seen) < _MOST_SEEN:
+                        self._seen[number, target] = labels, written
+        if written is not None and target is not None and written != target:
+            self.num_respelled += 1
+            self.respelled += [record.source] if len(self.respelled) < 5 else []
         self._task_of.append(number)
         self._kind_of.append(self._kinds.setdefault((number, labels), len(self._kinds)))
 
