@@ -25,7 +25,7 @@ from .tasks.base import Task, assign_task, infer_tasks
 from .tasks.forms import AnswerForm, Field
 from .tasks.review import Review, describe_stratum
 
-SAMPLED_ROWS = 50_000
+SAMPLED_ROWS = 20_000
 """Of more rows than this, the tasks are inferred from so many, and from those that do not fit what was inferred."""
 
 
@@ -108,12 +108,11 @@ def understand(
     Raises DataError as `load_dataset`.
     """
     num_rows, num_train = len(mixture.train) + len(mixture.dev), len(mixture.train)
-    sample = _sample(mixture, seed)
-    tasks = merge_tasks(infer_tasks(sample), declared)
+    tasks = merge_tasks(infer_tasks(_sample(mixture, seed)), declared)
     review = Review(mixture.train, mixture.dev, tasks)
-    if review.misfits and len(sample) < num_rows:  # what the sample did not show may be common enough to be a form
+    if review.misfits and num_rows > SAMPLED_ROWS:  # what the sample did not show may be common enough to be a form
         odd = [review.row(place) for place in review.misfits[:SAMPLED_ROWS]]
-        tasks = merge_tasks(infer_tasks([*sample, *odd]), declared)
+        tasks = merge_tasks(infer_tasks([*_sample(mixture, seed), *odd]), declared)
         review = Review(mixture.train, mixture.dev, tasks)
     problems = [*review.problems, *review.contradictions(), *review.leaks()]
     if problems:
