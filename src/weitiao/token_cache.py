@@ -50,7 +50,7 @@ KEPT_FROM = 5_000
 """Fewer rows are tokenised anew each time, within a second, and kept in memory."""
 
 _EXAMPLES, _INDEX = "examples.arrow", "index.json"
-_LAYOUT = 1
+_LAYOUT = 2
 """Of the files; another one makes other keys."""
 _THREADS = 2
 """While one chunk is tokenised, which takes no Python, the next is read and rendered."""

@@ -28,6 +28,7 @@ BATCH_EXAMPLES = 1024
 _SCHEMA = pa.schema([
     ("token_ids", pa.list_(pa.int32())),
     ("learnt", pa.list_(pa.int32())),  # start and end of each stretch that is learnt: [7, 9, 14, 16]
+    ("num_tokens", pa.int32()),
     ("num_supervised", pa.int32()),
     ("num_answer", pa.int32()),
     ("row", pa.int32()),
@@ -65,6 +66,7 @@ class ExampleWriter:
         columns = [
             _lists([example.token_ids for example in examples]),
             _lists([_stretches(example.loss_mask) for example in examples]),
+            pa.array([len(example) for example in examples], pa.int32()),
             pa.array([example.num_supervised for example in examples], pa.int32()),
             pa.array([example.num_answer for example in examples], pa.int32()),
             pa.array(rows, pa.int32()),
@@ -79,15 +81,14 @@ class ExampleStore(Sequence[Example]):
         """Raises OSError or pyarrow.ArrowInvalid when the file is not there or not whole."""
         self._path = path
         self._file: Any = pa.ipc.open_file(pa.memory_map(str(path)))
-        batches = [self._file.get_batch(number) for number in range(self._file.num_record_batches)]
-        assert all(batch.num_rows == BATCH_EXAMPLES for batch in batches[:-1]), "batches are full but for the last"
-        self.lengths = _join([np.diff(_numbers(batch.column(0).offsets)) for batch in batches])
+        numbers = _read_numbers(path)
+        self.lengths = numbers["num_tokens"]
         """Tokens of each example."""
-        self.num_supervised = _join([_numbers(batch.column(2)) for batch in batches])
+        self.num_supervised = numbers["num_supervised"]
         """Those of them that are learnt."""
-        self.num_answer = _join([_numbers(batch.column(3)) for batch in batches])
+        self.num_answer = numbers["num_answer"]
         """Those of the last reply, its end token included."""
-        self.rows = _join([_numbers(batch.column(4)) for batch in batches])
+        self.rows = numbers["row"]
         """For each example, the place of the row it was made of."""
 
     def __reduce__(self) -> tuple[type[ExampleStore], tuple[Path]]:
@@ -166,9 +167,10 @@ def _lists(values: Sequence[Sequence[int]]) -> Any:
     )
 
 
-def _numbers(column: Any) -> NDArray[np.int32]:
-    return np.asarray(column.to_numpy())
-
-
-def _join(parts: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+def _read_numbers(path: Path) -> dict[str, NDArray[np.int32]]:
+    """The columns of numbers, read and not mapped: the system would map the tokens around each of them as well."""
+    names = _SCHEMA.names[2:]
+    options = pa.ipc.IpcReadOptions(included_fields=[_SCHEMA.get_field_index(name) for name in names])
+    with pa.OSFile(str(path)) as file:
+        table = pa.ipc.open_file(file, options=options).read_all()
+    return {name: np.array(table.column(name).to_numpy(), dtype=np.int32) for name in names}
