@@ -171,6 +171,11 @@ def _read_numbers(path: Path) -> dict[str, NDArray[np.int32]]:
     """The columns of numbers, read and not mapped: the system would map the tokens around each of them as well."""
     names = _SCHEMA.names[2:]
     options = pa.ipc.IpcReadOptions(included_fields=[_SCHEMA.get_field_index(name) for name in names])
+    parts: dict[str, list[NDArray[np.int32]]] = {name: [np.zeros(0, dtype=np.int32)] for name in names}
     with pa.OSFile(str(path)) as file:
-        table = pa.ipc.open_file(file, options=options).read_all()
-    return {name: np.array(table.column(name).to_numpy(), dtype=np.int32) for name in names}
+        reader = pa.ipc.open_file(file, options=options)
+        for number in range(reader.num_record_batches):  # read_all would hold the tokens of all batches at once
+            batch = reader.get_batch(number)
+            for name in names:
+                parts[name].append(batch.column(name).to_numpy().copy())
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}

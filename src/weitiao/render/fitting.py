@@ -19,7 +19,7 @@ from .base import Conversation, Example, Renderer, Turns
 Overlong = Literal["error", "drop", "shorten_input"]
 
 
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 512
 """Rows rendered together: their texts are tokenised in one call, which uses all cores."""
 
 
