@@ -43,8 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 TOP = {"tune", "token_cache", "probe", "apply", "cli", "__init__", "__main__"}
 """They bring everything together; nothing imports them but each other."""
 
-WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "contract", "recipe", "dataset", "init",
-                 "visible", "check", "cli", "__init__", "__main__"}  # fmt: skip
+WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "contract", "recipe", "dataset",
+                 "init", "visible", "check", "cli", "__init__", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "matplotlib"}
 WITH_NUMPY = {"data/near.py", "data/checks.py", "render/example_store.py"}
 """A hundred thousand signatures take a second in numpy, minutes without; so does finding equal ones of a million."""
