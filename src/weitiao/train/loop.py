@@ -109,6 +109,10 @@ def train(
         trained.compile_layers()
 
     trained.train()
+    epoch_ends = {
+        num_steps(weights, batch_size=settings.batch_size, seed=settings.seed, epochs=number)
+        for number in range(1, math.ceil(settings.epochs) + 1)
+    }
     order = step_rows(weights, batch_size=settings.batch_size, seed=settings.seed, first_step=progress.step)
     display = TrainingDisplay(run, total_steps=plan.steps, first_step=progress.step, console=console)
     stopped_early = 0 < settings.patience <= progress.scorings_since_best  # when a stopped run is resumed
@@ -116,7 +120,7 @@ def train(
     with display, _interruptible(display) as interrupted:
         for step in range(progress.step + 1, last_step + 1):
             started = time.monotonic()
-            epoch, rows = next(order)
+            _, rows = next(order)
             row_tasks = [tasks[row] for row in rows] if tasks else [""] * len(rows)
             batches = step_batches([examples[row] for row in rows], row_tasks, settings, device)
             loss, grad_norm, token_losses = take_step(setup, batches, settings)
@@ -138,8 +142,7 @@ def train(
                     grad_norm=grad_norm,
                 )
                 progress = replace(progress, window=(), task_window={})
-            ends_epoch = step == num_steps(weights, batch_size=settings.batch_size, seed=settings.seed,
-                                           epochs=epoch + 1)  # fmt: skip
+            ends_epoch = step in epoch_ends
             if _is_due(settings.evaluate_every, step, ends_epoch=ends_epoch, last=last):
                 progress = _score(trained, dev_examples, dev_tasks, on_eval, settings, run, model, progress, display)
             stopped_early = 0 < settings.patience <= progress.scorings_since_best
