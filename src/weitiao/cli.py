@@ -240,14 +240,14 @@ def train(
         loaded = load_recipe(recipe, overrides or ())
         from .dataset import load_dataset
 
-        load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
+        dataset = load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
         from .check.examine import check_recipe
         from .check.terminal import print_briefly
 
         print_briefly(check_recipe(loaded, str(recipe)), err)
         from .tune import tune_model
 
-        tune_model(loaded, resume=resume, console=err)
+        tune_model(loaded, resume=resume, console=err, dataset=dataset)
 
 
 @app.command()

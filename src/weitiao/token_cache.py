@@ -9,7 +9,6 @@ flushed to the disk and renamed. Of several processes that start at once, one to
 
 from __future__ import annotations
 
-import errno
 import gc
 import hashlib
 import json
@@ -20,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,10 +29,10 @@ import pyarrow
 from filelock import FileLock, Timeout
 
 from .cache import cache_folder
-from .data.record_store import select_rows
+from .data.record_store import keeping, select_rows
 from .data.records import Record
 from .dataset import Dataset
-from .errors import DataError, Problem
+from .errors import Problem
 from .recipe import Data
 from .render.base import Renderer
 from .render.example_store import ExampleStore, ExampleWriter
@@ -52,6 +51,7 @@ KEPT_FROM = 5_000
 _EXAMPLES, _INDEX = "examples.arrow", "index.json"
 _LAYOUT = 2
 """Of the files; another one makes other keys."""
+_ROOM = "They need four bytes a token; everything in that folder may be deleted."
 _THREADS = 2
 """While one chunk is tokenised, which takes no Python, the next is read and rendered."""
 
@@ -155,7 +155,7 @@ def fit_or_open(
         DataError: rows too long for the policy, all of them named, and then nothing is kept; or a full disk.
     """
     place = folder / key[:32]
-    with _keeping(folder):
+    with keeping("Tokenised rows could not be kept", folder, room=_ROOM):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{place.name}.lock"):
             found = _open(place, records)
@@ -297,17 +297,3 @@ def _forget_oldest(folder: Path, *, but: Path) -> None:
     sets.sort(key=lambda each: each.stat().st_mtime, reverse=True)
     for old in sets[MOST_SETS - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _keeping(folder: Path) -> Iterator[None]:
-    """Turn the system's refusal to write into a DataError with the fix."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else f"{error.strerror or error}"
-        raise DataError(
-            f"Tokenised rows could not be kept in {folder}: {reason}. They need four bytes a token. Free some space "
-            f"(everything in that folder may be deleted), or set WEITIAO_CACHE to a folder on another disk."
-        ) from None

@@ -86,14 +86,16 @@ class Prepared:
         return self.dataset.dev_tasks[self.dev_rows.kept[place]]
 
 
-def prepare(recipe: Recipe, *, console: Console) -> Prepared:
+def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None) -> Prepared:
     """Everything that training starts from; `console` is told of the tasks and of rows dropped or shortened.
+
+    `dataset` is the recipe's, where it was read already.
 
     Raises:
         DataError, ModelError, RecipeError, RunError: the recipe cannot be trained.
     """
     require_compiler(recipe.train)
-    dataset = load_dataset(recipe)
+    dataset = load_dataset(recipe) if dataset is None else dataset
     _require_tasks(recipe, dataset)
     for note in dataset.notes:
         console.print(f"note: {note}", soft_wrap=True)
@@ -121,16 +123,23 @@ def prepare(recipe: Recipe, *, console: Console) -> Prepared:
 
 
 def tune_model(
-    recipe: Recipe, *, resume: bool = False, runs: str | Path = "runs", console: Console | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    runs: str | Path = "runs",
+    console: Console | None = None,
+    dataset: Dataset | None = None,
 ) -> RunFolder:
     """Train as `recipe` says; the run folder ``runs/NAME`` then holds the adapter and its contract.
+
+    `dataset` is what `load_dataset` made of the recipe, where that was read already.
 
     Raises:
         DataError, ModelError, RunError, ResumeError: before anything is written, or with what was written whole.
         KeyboardInterrupt: Ctrl-C; after the first one the step was finished and saved.
     """
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
-    prepared = prepare(recipe, console=console)
+    prepared = prepare(recipe, console=console, dataset=dataset)
     dataset, opened, limits = prepared.dataset, prepared.opened, prepared.answer_limits
     reading = describe_sources([(source.path, read_options(source, recipe.data)) for source in recipe.data.train])
     run = RunFolder.create(Path(runs) / recipe.name, resume=resume)

@@ -12,7 +12,8 @@ How a conversation becomes a record, and which reply is its target, is decided i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from weitiao.data.options import ReadOptions
 from weitiao.data.record import Record, RowFindings, did_you_mean, kind_of, nearest, read_text, shown
@@ -22,6 +23,22 @@ from weitiao.errors import Problem
 from weitiao.messages import Role, ToolCall
 
 Row = Mapping[str, Any]
+
+_Who = TypeVar("_Who", bound=str)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Naming(Generic[_Who]):
+    """How a format says who speaks."""
+
+    key: str
+    known: Mapping[str, _Who]
+    elsewhere: Mapping[str, str]
+    """What other formats write, and what it is here."""
+    user: str
+    usual: str
+    example: str
+
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -40,6 +57,14 @@ _ROLES_ELSEWHERE = {
     "counselor": "assistant",
     "developer": "system",
 }
+_BY_ROLE = _Naming(
+    key="role",
+    known=_ROLES,
+    elsewhere=_ROLES_ELSEWHERE,
+    user="user, for one",
+    usual="system, user, assistant or tool",
+    example='{"role": "user", "content": "…"}',
+)
 
 
 def messages_to_record(row: Row, source: str, options: ReadOptions, *, require_target: bool) -> Record | list[Problem]:
@@ -72,7 +97,7 @@ def _roles_to_record(
     known_ids: set[str] = set()
     for index, entry in enumerate(entries):
         place = f"{key}[{index}]"
-        role = _read_role(entry, place, findings)
+        role = _read_who(entry, place, findings, _BY_ROLE)
         if not isinstance(entry, dict):
             continue
         if role == "assistant" or role is None:  # a role that cannot be read is reported; the rest is still looked at
@@ -95,19 +120,20 @@ def _read_entries(row: Row, key: str, shape: str, findings: RowFindings) -> list
     return []
 
 
-def _read_role(entry: object, place: str, findings: RowFindings) -> Role | None:
+def _read_who(entry: object, place: str, findings: RowFindings, naming: _Naming[_Who]) -> _Who | None:
+    """Who speaks in `entry`; None after a finding when that cannot be told."""
     if not isinstance(entry, dict):
-        findings.add(place, f"is {kind_of(entry)}, not an object.", 'Write {"role": "user", "content": "…"}.')
+        findings.add(place, f"is {kind_of(entry)}, not an object.", f"Write {naming.example}.")
         return None
-    role = entry.get("role")
-    if isinstance(role, str) and role in _ROLES:
-        return _ROLES[role]
-    if "role" not in entry:
-        findings.add(f"{place}.role", "is missing.", did_you_mean("role", entry) or "Add who speaks: user, for one.")
+    key, said = naming.key, entry.get(naming.key)
+    if isinstance(said, str) and said in naming.known:
+        return naming.known[said]
+    if key not in entry:
+        findings.add(f"{place}.{key}", "is missing.", did_you_mean(key, entry) or f"Add who speaks: {naming.user}.")
     else:
-        near = _ROLES_ELSEWHERE.get(str(role).lower()) or nearest(str(role), _ROLES)
-        fix = f"Did you mean `{near}`?" if near else "Write system, user, assistant or tool."
-        findings.add(f"{place}.role", f"is {shown(role)}, not system, user, assistant or tool.", fix)
+        near = naming.elsewhere.get(str(said).lower()) or nearest(str(said), naming.known)
+        fix = f"Did you mean `{near}`?" if near else f"Write {naming.usual}."
+        findings.add(f"{place}.{key}", f"is {shown(said)}, not {naming.usual}.", fix)
     return None
 
 
@@ -262,6 +288,14 @@ _SPEAKERS = {
     "function_response": "tool",
     "tool_response": "tool",
 }
+_BY_SPEAKER = _Naming(
+    key="from",
+    known=_SPEAKERS,
+    elsewhere={},
+    user="human, for one",
+    usual="system, human, gpt, function_call or observation",
+    example='{"from": "human", "value": "…"}',
+)
 
 
 def sharegpt_to_record(row: Row, source: str, options: ReadOptions, *, require_target: bool) -> Record | list[Problem]:
@@ -277,7 +311,7 @@ def sharegpt_to_record(row: Row, source: str, options: ReadOptions, *, require_t
         conversation.add(Turn(place="system", role="system", text=read_text(row, "system", "system", findings)))
     for index, entry in enumerate(entries):
         place = f"conversations[{index}]"
-        speaker = _read_speaker(entry, place, findings)
+        speaker = _read_who(entry, place, findings, _BY_SPEAKER)
         if not isinstance(entry, dict):
             continue
         value = entry.get("value")
@@ -300,22 +334,6 @@ def sharegpt_to_record(row: Row, source: str, options: ReadOptions, *, require_t
             role: Role = "user" if speaker == "user" else "system" if speaker == "system" else "assistant"
             conversation.add(Turn(place=place, role=role, text=text, learn=learn))
     return turns_to_record(conversation, row, source, options, require_target=require_target)
-
-
-def _read_speaker(entry: object, place: str, findings: RowFindings) -> str | None:
-    if not isinstance(entry, dict):
-        findings.add(place, f"is {kind_of(entry)}, not an object.", 'Write {"from": "human", "value": "…"}.')
-        return None
-    speaker = entry.get("from")
-    if isinstance(speaker, str) and speaker in _SPEAKERS:
-        return _SPEAKERS[speaker]
-    if "from" not in entry:
-        findings.add(f"{place}.from", "is missing.", did_you_mean("from", entry) or "Add who speaks: human, for one.")
-    else:
-        near = nearest(str(speaker), _SPEAKERS)
-        fix = f"Did you mean `{near}`?" if near else "Write system, human, gpt, function_call or observation."
-        findings.add(f"{place}.from", f"is {shown(speaker)}, which is no known speaker.", fix)
-    return None
 
 
 # --- {"conversation": [{"system", "input", "output"}, …]} ------------------------------------------------------------

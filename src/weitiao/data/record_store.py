@@ -33,6 +33,7 @@ KEPT_IN_MEMORY = 20_000
 """Up to so many rows stay in memory, about 40 MB of them: reading them from the disk again would only cost time."""
 
 _BLOCK_BYTES = 1 << 20
+_ROOM = "They need about as much room there as the files have, unpacked."
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 """Made once: json.dumps would make one for every row."""
@@ -49,7 +50,7 @@ class RecordStore(Sequence[Record]):
         self._ends = array("Q", [0])
         self._converters: list[RowConverter] = []
         self._first_rows: list[int] = []
-        with _spooling(folder):
+        with keeping("Rows could not be laid aside", folder, room=_ROOM):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
                 self._descriptor = os.dup(file.fileno())
@@ -70,7 +71,7 @@ class RecordStore(Sequence[Record]):
     def flush(self) -> None:
         """Write what was added; needed once before rows are read. Raises DataError when the disk is full."""
         data = memoryview(b"".join(self._waiting))
-        with _spooling(self._folder):
+        with keeping("Rows could not be laid aside", self._folder, room=_ROOM):
             while data:
                 data = data[os.write(self._descriptor, data) :]
         self._waiting, self._waiting_bytes = [], 0
@@ -163,14 +164,13 @@ class RowKeeper:
 
 
 @contextmanager
-def _spooling(folder: Path) -> Iterator[None]:
-    """Turn the system's refusal to write into a DataError with the fix."""
+def keeping(what: str, folder: Path, *, room: str) -> Iterator[None]:
+    """Turn the system's refusal to write `what` into `folder` into a DataError; `room` says how much they need."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else f"{error.strerror or error}"
         raise DataError(
-            f"Rows could not be laid aside in {folder}: {reason}. They need about as much room there as the files "
-            f"have, unpacked. Free some space, or set WEITIAO_CACHE to a folder on another disk."
+            f"{what} in {folder}: {reason}. {room} Free some space, or set WEITIAO_CACHE to a folder on another disk."
         ) from None
