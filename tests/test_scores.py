@@ -378,7 +378,7 @@ def test_every_line_that_is_no_prediction_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read_predictions(path)
     assert [problem.source for problem in error.value.problems] == [f"p.jsonl:{line}" for line in range(2, 7)]
-    assert error.value.problems[0].message == 'finish is "stop" or "length", not \'tired\'.'
+    assert error.value.problems[0].message == 'finish is "stop", "length" or "refused", not \'tired\'.'
     assert error.value.problems[1].message == "gold must be text."
 
 

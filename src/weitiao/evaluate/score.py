@@ -14,80 +14,33 @@ business (`tasks/`); this module only adds up, resamples and groups.
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import DataError, FormError, Problem
-from ..runs import write_bytes
-from ..tasks import labels
+from ..tasks import extraction, labels, text
 from ..tasks.base import Counts, RowScore, Task, add_counts
+from ..tasks.forms import Answer
+from .prediction import FieldConfidence, Finish, Prediction, read_predictions, write_predictions
 
-Finish = Literal["stop", "length"]
+__all__ = [
+    "FieldConfidence", "Finish", "PartScore", "Prediction", "Side", "TaskScore", "draws", "group_reasons", "overall",
+    "read_predictions", "resampled_counts", "row_scores", "row_value", "score_predictions", "score_side",
+    "write_predictions",
+]  # fmt: skip
 
 CHUNK_CELLS = 5_000_000
 """Bootstrap draws are made for at most this many rows × resamples at a time (40 MB)."""
 
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _PLACE = re.compile(r"\b(Item|character) \d+")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """What a model answered to one row: one line of the predictions file."""
-
-    source: str
-    """Where the row came from, such as ``dev.jsonl:37``."""
-    task: str
-    prompt: str
-    """The input as the model was asked it."""
-    gold: str
-    """The labelled answer as the model was trained to write it."""
-    answer: str
-    finish: Finish = "stop"
-    """`stop`: the model ended its answer; `length`: the answer was cut at the token limit."""
-    before: tuple[tuple[str, str], ...] = ()
-    """What the model was shown before `prompt`, as (speaker, text): the tools on offer, the system message, the earlier
-    turns."""
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready copy; `from_json` reads it back equal. Without `before` where nothing stands there."""
-        before = {"before": [list(turn) for turn in self.before]} if self.before else {}
-        return {
-            "source": self.source,
-            "task": self.task,
-            "prompt": self.prompt,
-            "gold": self.gold,
-            "answer": self.answer,
-            "finish": self.finish,
-            **before,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Prediction:
-        """The prediction that `to_json` wrote. Raises ValueError, in a sentence, for anything else."""
-        fields = ("source", "task", "prompt", "gold", "answer", "finish")
-        if not isinstance(data, Mapping) or set(data) - {"before"} != set(fields):
-            raise ValueError(f"A prediction is an object with exactly the keys {', '.join(fields)}, and maybe before.")
-        wrong = [field for field in fields if not isinstance(data[field], str)]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} must be text.")
-        if data["finish"] not in ("stop", "length"):
-            raise ValueError(f'finish is "stop" or "length", not {data["finish"]!r}.')
-        before = data.get("before", [])
-        if not (isinstance(before, list) and all(_is_turn(turn) for turn in before)):
-            raise ValueError("before must be a list of pairs: who speaks, and the text.")
-        return cls(**{**data, "before": tuple((speaker, text) for speaker, text in before)})
-
-
-def _is_turn(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +74,8 @@ class TaskScore:
     """``{gold: {given: rows}}`` for label tasks."""
     cut: int = 0
     """Answers that hit the length limit."""
+    refused: int = 0
+    """Answers that the engine refused to give."""
     refusals: Mapping[str, int]
     """Why answers did not have the labelled form, most frequent reason first."""
 
@@ -147,32 +102,8 @@ class Side:
     predictions: tuple[Prediction, ...]
     rows: tuple[RowScore, ...]
     scores: tuple[TaskScore, ...]
-
-
-# ---- the predictions file -------------------------------------------------------------------------------------
-
-
-def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
-    """Write one JSON line per prediction; the file appears whole or not at all."""
-    lines = (json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in predictions)
-    # A lone surrogate cannot be UTF-8; as the escape \udXXX it is JSON and reads back equal.
-    write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
-
-
-def read_predictions(path: Path) -> tuple[Prediction, ...]:
-    """The predictions in `path`. Raises DataError naming every line that is not one."""
-    rows: list[Prediction] = []
-    problems: list[Problem] = []
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                rows.append(Prediction.from_json(json.loads(line)))
-            except ValueError as error:
-                fix = "Predict again, or remove the line."
-                problems.append(Problem(source=f"{path.name}:{number}", field="row", message=f"{error}", fix=fix))
-    if problems:
-        raise DataError(f"{len(problems)} line(s) of {path} are not predictions.", problems)
-    return tuple(rows)
+    extra: tuple[Mapping[str, float], ...] = ()
+    """For each prediction, what the user's own metrics say of it; empty when there are none."""
 
 
 # ---- scoring --------------------------------------------------------------------------------------------------
@@ -194,16 +125,38 @@ def score_predictions(
 
 
 def score_side(
-    predictions: Sequence[Prediction], tasks: Sequence[Task], *, seed: int = 0, resamples: int = 1000
+    predictions: Sequence[Prediction],
+    tasks: Sequence[Task],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    extra: Sequence[Mapping[str, float]] = (),
 ) -> Side:
-    """`predictions` with the scores of every row and every task: what a report is made from."""
+    """`predictions` with the scores of every row and every task: what a report is made from.
+
+    Args:
+        predictions: the answers of one model.
+        tasks: the tasks they belong to.
+        seed: of the bootstrap.
+        resamples: bootstrap resamples; 0 leaves the intervals out.
+        extra: for each prediction the figures of further metrics, such as ``{"polite": 1.0}``; the mean over the rows
+            of a task that have it becomes a metric of the task, with an interval like the others.
+
+    Raises:
+        DataError: as `score_predictions`; also when `extra` has another length or takes the name of a metric.
+    """
+    if extra and len(extra) != len(predictions):
+        raise DataError(f"There are {len(predictions)} predictions but further metrics of {len(extra)}. Give one each.")
     rows = row_scores(predictions, tasks)
     scores = []
     for task in tasks:
-        own = [(prediction, row) for prediction, row in zip(predictions, rows) if prediction.task == task.name]
-        cut = sum(prediction.finish == "length" for prediction, _ in own)
-        scores.append(_task_score(task, [row for _, row in own], cut=cut, seed=seed, resamples=resamples))
-    return Side(predictions=tuple(predictions), rows=rows, scores=tuple(scores))
+        places = [place for place, prediction in enumerate(predictions) if prediction.task == task.name]
+        score = _task_score(task, [rows[place] for place in places], seed=seed, resamples=resamples)
+        finishes = Counter(predictions[place].finish for place in places)
+        score = replace(score, cut=finishes["length"], refused=finishes["refused"])
+        own = [extra[place] for place in places] if extra else []
+        scores.append(_with_extra(score, own, seed=seed, resamples=resamples))
+    return Side(predictions=tuple(predictions), rows=rows, scores=tuple(scores), extra=tuple(extra))
 
 
 def row_scores(predictions: Sequence[Prediction], tasks: Sequence[Task]) -> tuple[RowScore, ...]:
@@ -224,10 +177,21 @@ def row_scores(predictions: Sequence[Prediction], tasks: Sequence[Task]) -> tupl
             fix = f"Correct the label to be {task.form.describe()}."
             problems.append(Problem(source=prediction.source, field="gold", message=f"{error}", fix=fix))
             continue
-        rows.append(task.score(gold, prediction.answer))
+        refused = prediction.finish == "refused"
+        rows.append(_refused(task, gold, prediction.refusal) if refused else task.score(gold, prediction.answer))
     if problems:
         raise DataError(f"{len(problems)} of {len(predictions)} predictions cannot be scored.", problems)
     return tuple(rows)
+
+
+def _refused(task: Task, gold: Answer, why: str) -> RowScore:
+    """The score of an answer that the engine refused to give: not in the form and worth nothing."""
+    scorer = {"extraction": extraction, "labels": labels, "text": text}[task.kind]
+    counts = scorer.count(task.form, gold, None)
+    if task.kind == "text":  # an empty answer would equal an empty label
+        counts = dict.fromkeys(counts, 0.0)
+    counts = {"rows": 1.0, "valid": 0.0, "exact": 0.0, **counts}
+    return RowScore(valid=False, reason=why or "The engine gave no answer.", exact=False, counts=counts)
 
 
 def row_value(task: Task, row: RowScore) -> float:
@@ -246,7 +210,7 @@ def overall(scores: Sequence[TaskScore]) -> float:
     return sum(primaries) / len(primaries) if primaries else 0.0
 
 
-def _task_score(task: Task, rows: Sequence[RowScore], *, cut: int, seed: int, resamples: int) -> TaskScore:
+def _task_score(task: Task, rows: Sequence[RowScore], *, seed: int, resamples: int) -> TaskScore:
     total = add_counts([row.counts for row in rows])
     parts = [PartScore(**part) for part in task.breakdown(total)]
     return TaskScore(
@@ -258,9 +222,30 @@ def _task_score(task: Task, rows: Sequence[RowScore], *, cut: int, seed: int, re
         intervals=_intervals(task, rows, seed=seed, resamples=resamples) if rows and resamples else {},
         breakdown=tuple(sorted(parts, key=lambda part: (-part.support, part.name))),
         confusion=_sorted_table(labels.confusion(total)) if task.kind == "labels" else None,
-        cut=cut,
         refusals=group_reasons([row.reason for row in rows if not row.valid]),
     )
+
+
+def _with_extra(score: TaskScore, rows: Sequence[Mapping[str, float]], *, seed: int, resamples: int) -> TaskScore:
+    """`score` with the means of further metrics, each over the rows that have it, and their intervals."""
+    names = sorted({name for row in rows for name in row})
+    taken = [name for name in names if name in score.metrics]
+    if taken:
+        raise DataError(f"{score.task} has a metric {', '.join(taken)} already. Give yours another name.")
+    if not names:
+        return score
+    table = np.array([[row.get(name, math.nan) for name in names] for row in rows], dtype=float)
+    present = ~np.isnan(table)
+    table = np.where(present, table, 0.0)
+    means = dict(zip(names, (table.sum(axis=0) / present.sum(axis=0)).tolist(), strict=True))
+    bounds: dict[str, tuple[float, float]] = {}
+    if resamples:
+        drawn = np.concatenate(list(draws(len(rows), seed=seed, resamples=resamples)))
+        sums, counts = drawn @ table, drawn @ present.astype(float)
+        for name, total, count in zip(names, sums.T, counts.T, strict=True):
+            low, high = np.percentile(total[count > 0] / count[count > 0], [2.5, 97.5])
+            bounds[name] = float(low), float(high)
+    return replace(score, metrics={**score.metrics, **means}, intervals={**score.intervals, **bounds})
 
 
 def _sorted_table(table: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
@@ -295,20 +280,26 @@ def _plain_reason(reason: str) -> str:
 
 def _intervals(task: Task, rows: Sequence[RowScore], *, seed: int, resamples: int) -> dict[str, tuple[float, float]]:
     """The 2.5th and 97.5th percentile of each metric over resampled rows (Efron's percentile interval)."""
-    samples = [task.summarise(counts) for counts in _resampled_counts(task, rows, seed=seed, resamples=resamples)]
+    drawn = draws(len(rows), seed=seed, resamples=resamples)
+    samples = [task.summarise(counts) for counts in resampled_counts(task, rows, drawn)]
     bounds = {name: np.percentile([sample[name] for sample in samples], [2.5, 97.5]) for name in samples[0]}
     return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
 
 
-def _resampled_counts(task: Task, rows: Sequence[RowScore], *, seed: int, resamples: int) -> Iterator[Counts]:
-    """Summed counts of `resamples` draws of ``len(rows)`` rows with replacement."""
+def draws(num_rows: int, *, seed: int, resamples: int) -> Iterator[npt.NDArray[np.int64]]:
+    """How often each row is drawn, resample by row, in blocks of resamples: the same for every set of that length."""
+    generator = np.random.default_rng(seed)
+    chance = np.full(num_rows, 1 / num_rows)
+    step = max(1, CHUNK_CELLS // num_rows)
+    for start in range(0, resamples, step):
+        yield generator.multinomial(num_rows, chance, size=min(step, resamples - start))
+
+
+def resampled_counts(task: Task, rows: Sequence[RowScore], drawn: Iterable[npt.NDArray[np.int64]]) -> Iterator[Counts]:
+    """The summed counts of each resample that `drawn` holds."""
     keys = sorted({key for row in rows for key in row.counts if _summarise_reads(task, key)})
     table = np.array([[row.counts.get(key, 0.0) for key in keys] for row in rows])
-    generator = np.random.default_rng(seed)
-    chance = np.full(len(rows), 1 / len(rows))
-    step = max(1, CHUNK_CELLS // len(rows))
-    for start in range(0, resamples, step):
-        times_drawn = generator.multinomial(len(rows), chance, size=min(step, resamples - start))
+    for times_drawn in drawn:
         for sums in (times_drawn @ table).tolist():
             # A label that was not drawn must be absent, not zero: macro-F1 is a mean over the labels that occur.
             yield {key: value for key, value in zip(keys, sums) if value or ":" not in key}
