@@ -24,17 +24,16 @@ from itertools import product
 from typing import Any, Literal
 
 from ..errors import FormError
+from .fields import MAX_LABEL_LENGTH as MAX_LABEL_LENGTH
+from .fields import MAX_LABELS as MAX_LABELS
+from .fields import Answer as Answer
+from .fields import Field as Field
+from .fields import infer_field, infer_fields
+from .fields import is_closed_set as is_closed_set
+from .fields import kind_of as kind_of
 from .strict_json import loads
 
 Shape = Literal["object list", "object", "label list", "string list", "label", "text"]
-Answer = Any
-"""A parsed answer: list of dicts, dict, list of strings, or string, following the form's shape."""
-
-MAX_LABELS = 64
-"""A closed set of strings larger than this is treated as free text."""
-MIN_ROWS_PER_LABEL = 2.5
-"""On average each label must be seen at least this often for a set of strings to count as closed."""
-MAX_LABEL_LENGTH = 40
 
 _FENCE = re.compile(r"\A(?P<open>```[A-Za-z0-9_-]*\r?\n)(?P<body>.*?)(?P<close>(?:\r?\n)?```)\Z", re.DOTALL)
 
@@ -72,26 +71,6 @@ STYLES = tuple(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Field:
-    """One key of the answer's objects, as the labels show it."""
-
-    key: str
-    kind: str
-    """JSON kinds seen, joined by ``|``: string, number, boolean, null, list of strings, list, object."""
-    values: tuple[str, ...] = ()
-    """All values seen when they form a small closed set (most frequent first), else empty."""
-    copied_share: float = 0.0
-    """Share of the values that occur word for word in the row's text, placeholders of absence left out."""
-    absent: str | None = None
-    """The string that stands for "not in the text", when the labels have one."""
-
-    @property
-    def copied(self) -> bool:
-        """Whether every value seen is copied from the text."""
-        return self.copied_share == 1.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerForm:
     """The shape, spelling and vocabulary of one task's answers. `parse(write(x)) == x` always holds."""
 
@@ -106,6 +85,10 @@ class AnswerForm:
     min_items: int = 0
     max_items: int = 0
     """Bounds on the number of list items seen in the labels."""
+    repeats: bool = True
+    """Whether one label list may hold an item twice; false when no labelled list does."""
+    item: Field | None = None
+    """What the strings of a string list are like; its key is empty."""
 
     # ---- inferring -------------------------------------------------------------------------------------------
 
@@ -140,9 +123,11 @@ class AnswerForm:
         if shape == "label list":
             items = [item for value in values for item in value]
             if not is_closed_set(items):
-                return replace(form, shape="string list")
-            return replace(form, labels=tuple(sorted(set(items))))
-        return replace(form, fields=_fields(values, texts))
+                pairs = [(item, text) for value, text in zip(values, texts) for item in value]
+                return replace(form, shape="string list", item=infer_field("", pairs) if pairs else None)
+            repeats = any(len(set(value)) < len(value) for value in values)
+            return replace(form, labels=tuple(sorted(set(items))), repeats=repeats)
+        return replace(form, fields=infer_fields(values, texts))
 
     # ---- writing and parsing ---------------------------------------------------------------------------------
 
@@ -288,7 +273,8 @@ class AnswerForm:
         """The form that `to_json` wrote."""
         values = dict(data)
         values["style"] = JsonStyle(**values["style"])
-        values["fields"] = tuple(Field(**{**field, "values": tuple(field["values"])}) for field in values["fields"])
+        values["fields"] = tuple(map(Field.from_json, values["fields"]))
+        values["item"] = Field.from_json(values["item"]) if values.get("item") else None
         values["labels"] = tuple(values["labels"])
         return cls(**values)
 
@@ -307,21 +293,6 @@ def split_fence(text: str) -> tuple[str, str | None, str]:
     except ValueError:
         return "", None, ""
     return opening, body, closing
-
-
-def kind_of(value: Answer) -> str:
-    """The JSON kind of `value`, with lists of strings told apart from other lists."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, str):
-        return "string"
-    if isinstance(value, int | float):
-        return "number"
-    if isinstance(value, Mapping):
-        return "object"
-    return "list of strings" if all(isinstance(item, str) for item in value) else "list"
 
 
 def shape_of(value: Answer) -> tuple[Shape, tuple[str, ...]]:
@@ -344,14 +315,6 @@ def common_shape(values: Iterable[Answer]) -> Shape:
     return shapes.pop()[0] if len(shapes) == 1 else "text"
 
 
-def is_closed_set(strings: Sequence[str]) -> bool:
-    """Whether `strings` look like draws from a small set of labels rather than free text."""
-    distinct = set(strings)
-    if not distinct or any(len(label) > MAX_LABEL_LENGTH or "\n" in label for label in distinct):
-        return False
-    return len(distinct) <= MAX_LABELS and len(strings) >= MIN_ROWS_PER_LABEL * len(distinct)
-
-
 def _spelling(pairs: Sequence[tuple[str, Answer]]) -> JsonStyle:
     """The JSON style that reproduces the most bodies byte for byte (the first such style on a tie)."""
     if not pairs:
@@ -365,47 +328,6 @@ def _spelling(pairs: Sequence[tuple[str, Answer]]) -> JsonStyle:
         if reproduced == len(pairs):  # as a rule the first style does: trying all forty would take a minute per million
             break
     return best
-
-
-def _fields(values: Sequence[Answer], texts: Sequence[str]) -> tuple[Field, ...]:
-    """The fields of objects in `values`, keys in the most frequent order."""
-    objects = [
-        (item, text) for value, text in zip(values, texts) for item in (value if isinstance(value, list) else [value])
-    ]
-    order = Counter(tuple(item) for item, _ in objects).most_common(1)[0][0]
-    return tuple(_field(key, [(item[key], text) for item, text in objects]) for key in order)
-
-
-def _field(key: str, pairs: Sequence[tuple[Answer, str]]) -> Field:
-    kinds = Counter(kind_of(value) for value, _ in pairs)
-    strings = [
-        (string, text)
-        for value, text in pairs
-        for string in (value if isinstance(value, list) else [value])
-        if isinstance(string, str)
-    ]
-    counts = Counter(string for string, _ in strings)
-    absent = _absent_value(counts, strings)
-    present = [(string, text) for string, text in strings if string != absent]
-    copied = sum(string in text for string, text in present)
-    closed = is_closed_set([string for string, _ in present])
-    return Field(
-        key=key,
-        kind="|".join(sorted(kinds)),
-        values=tuple(string for string, _ in counts.most_common() if string != absent) if closed else (),
-        copied_share=copied / len(present) if present else 0.0,
-        absent=absent,
-    )
-
-
-def _absent_value(counts: Counter[str], strings: Sequence[tuple[str, str]]) -> str | None:
-    """The placeholder of absence: one string that never occurs in its text while nearly all others always do."""
-    never = set(counts) - {string for string, text in strings if string in text}
-    candidates = [string for string in never if counts[string] >= max(2, 0.02 * len(strings))]
-    others = [(string, text) for string, text in strings if string not in candidates]
-    if len(candidates) != 1 or not others:
-        return None
-    return candidates[0] if sum(string in text for string, text in others) >= 0.9 * len(others) else None
 
 
 def _json_complaint(body: str, error: json.JSONDecodeError) -> str:
