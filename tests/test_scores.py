@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
-from sacrebleu.metrics.chrf import CHRF
 
 from weitiao.errors import DataError
 from weitiao.evaluate.score import (
@@ -29,7 +27,7 @@ from weitiao.evaluate.score import (
     score_side,
     write_predictions,
 )
-from weitiao.tasks import extraction, labels, text
+from weitiao.tasks import extraction, labels
 from weitiao.tasks.base import Task, add_counts, prf
 from weitiao.tasks.forms import AnswerForm, Field
 
@@ -157,43 +155,46 @@ def test_several_labels_are_right_only_as_a_whole_set_in_any_order() -> None:
     assert labels.confusion(half.counts) == {"手机, 水果": {"水果": 1}}
 
 
-# ---- comparing text -------------------------------------------------------------------------------------------
+def test_labels_have_micro_f1_and_balanced_accuracy_where_a_row_has_one() -> None:
+    task = Task(name="topic", form=AnswerForm(shape="label", labels=("手机", "水果", "酒店")))
+    pairs = [("水果", "水果"), ("水果", "水果"), ("水果", "手机"), ("手机", "手机"), ("酒店", "不知道")]
+    figures = task.summarise(add_counts([task.score(gold, given).counts for gold, given in pairs]))
+    assert figures["micro_f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))  # a refused answer gives no label at all
+    assert figures["balanced_accuracy"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert "jaccard" not in figures
 
 
-class OurWords:
-    """The tokenizer rouge_score is given, so that only the algorithm is compared."""
-
-    def tokenize(self, text_: str) -> list[str]:
-        return text.words(text_)
-
-
-vocabulary = ["the", "cat", "sat", "on", "mats", "今", "天", "好", "。", "3"]
-sentences = st.lists(st.sampled_from(vocabulary), max_size=12).map(" ".join)
+def test_several_labels_have_a_jaccard_index_of_each_row() -> None:
+    pairs = [(["手机", "水果"], ["水果"]), (["手机"], ["手机"]), ([], []), ([], ["水果"]), (["酒店"], "[")]
+    rows = [TOPICS.score(gold, given if isinstance(given, str) else dumps(given)).counts for gold, given in pairs]
+    figures = TOPICS.summarise(add_counts(rows))
+    assert figures["jaccard"] == pytest.approx((1 / 2 + 1 + 1 + 0 + 0) / 5)
+    assert figures["micro_f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 2))
+    assert "balanced_accuracy" not in figures
 
 
-@settings(deadline=None)
-@given(sentences, sentences)
-def test_rouge_l_equals_rouge_score(reference: str, answer: str) -> None:
-    if text.words(reference) and text.words(answer):
-        theirs = RougeScorer(["rougeL"], tokenizer=OurWords()).score(reference, answer)["rougeL"].fmeasure
-        assert text.rouge_l(reference, answer) == pytest.approx(theirs)
+# ---- what is shown --------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
-@given(st.text(alphabet="abc 今天", max_size=30), st.text(alphabet="abc 今天", max_size=30))
-def test_chrf_equals_sacrebleu(reference: str, answer: str) -> None:
-    if reference.split() and answer.split():
-        theirs = CHRF().sentence_score(answer, [reference]).score / 100
-        assert text.chrf(reference, answer) == pytest.approx(theirs, abs=1e-9)
+LABEL = Task(name="topic", form=AnswerForm(shape="label", labels=("手机", "水果")))
+STRINGS = Task(name="strings", form=AnswerForm(shape="string list"))
 
 
-@pytest.mark.parametrize("metric", [text.rouge_l, text.chrf])
-def test_empty_text_is_equal_to_empty_text_only(metric: Any) -> None:
-    assert (metric("", ""), metric("", "a"), metric("a", ""), metric("a", "a")) == (1, 0, 0, 1)
+@pytest.mark.parametrize("task", [*ALL, PERSON, LABEL, STRINGS])
+def test_few_metrics_are_shown_first_and_every_metric_has_a_name(task: Task) -> None:
+    gold: Any = {"name": "a", "town": "未提及", "aliases": []} if task is PERSON else "手机" if task is LABEL else []
+    gold = "a" if task is CHAT else gold
+    figures = task.summarise(task.score(gold, "").counts)
+    assert tuple(figures) == task.metric_names
+    assert task.main_metrics[0] == task.primary_metric
+    assert set(task.main_metrics) <= set(task.metric_names)
+    assert len(set(task.main_metrics)) == len(task.main_metrics) <= 8
 
 
-def test_words_are_cjk_characters_and_runs_of_letters() -> None:
-    assert text.words("GPT-4 说：你好，world_wide！") == ["gpt", "4", "说", "你", "好", "world", "wide"]
+def test_only_text_has_figures_of_a_whole_set() -> None:
+    assert CHAT.set_figures(["a b", "a c"]) == {"distinct_1": 3 / 4, "distinct_2": 1}
+    assert CHAT.set_figures([]) == {"distinct_1": 0, "distinct_2": 0}
+    assert TOPICS.set_figures(["[]"]) == {}
 
 
 # ---- sums -----------------------------------------------------------------------------------------------------

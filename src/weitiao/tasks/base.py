@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ..data.records import Record
 from ..errors import FormError, Problem
-from . import extraction, labels, text
+from . import extraction, fact_errors, labels, text
 from .forms import Answer, AnswerForm, Shape, is_closed_set, shape_of, split_fence
 from .strict_json import loads
 
@@ -36,6 +36,9 @@ _KIND_OF_SHAPE: Mapping[Shape, Kind] = {
     "label": "labels",
     "text": "text",
 }
+
+LOWER_IS_BETTER = frozenset({"repetition", "looping"})
+"""Metrics that a good model has little of."""
 
 _SCORERS = {"extraction": extraction, "labels": labels, "text": text}
 
@@ -72,6 +75,23 @@ class Task:
         """The figure that stands for the task where one number is needed: `f1`, `accuracy` or `rouge_l`."""
         return str(_SCORERS[self.kind].PRIMARY_METRIC)
 
+    @property
+    def main_metrics(self) -> tuple[str, ...]:
+        """The metrics that a reader is shown first, the primary one leading; the others of `metric_names` are further.
+
+        One that a set of rows cannot have, such as accuracy on absent fields where none is absent, is in no summary.
+        """
+        return (*_SCORERS[self.kind].main_metrics(self.form), "valid", "exact")
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Every metric that `summarise` may give, in its order."""
+        return tuple(self.summarise({"rows": 1.0, "valid": 0.0, "exact": 0.0, **dict.fromkeys(self._optional, 0.0)}))
+
+    @property
+    def _optional(self) -> tuple[str, ...]:
+        return ("absent",) if self.form.shape == "object" else ()
+
     def gold(self, record: Record) -> Answer:
         """The parsed gold answer of `record`. Raises FormError when it does not fit the form."""
         return self.form.read_target(record.target)
@@ -96,7 +116,7 @@ class Task:
         """Metrics (0–1) of summed counts, the primary metric first; empty when there are no rows."""
         if not counts.get("rows"):
             return {}
-        figures = _SCORERS[self.kind].summarise(counts)
+        figures = _SCORERS[self.kind].summarise(self.form, counts)
         return {**figures, "valid": counts["valid"] / counts["rows"], "exact": counts["exact"] / counts["rows"]}
 
     def breakdown(self, counts: Counts) -> list[dict[str, Any]]:
@@ -107,6 +127,38 @@ class Task:
                 _by_name(counts).items(), key=lambda row: (-(row[1][0] + row[1][2]), row[0])
             )
         ]
+
+    def relaxed_breakdown(self, counts: Counts) -> list[dict[str, Any]]:
+        """The rows of `breakdown` for extraction, scored with credit for what nearly agrees; else none."""
+        if self.kind != "extraction":
+            return []
+        rows = []
+        for name, (tp, fp, fn) in sorted(_by_name(counts).items(), key=lambda row: (-(row[1][0] + row[1][2]), row[0])):
+            credit = counts.get(f"credit:{name}", 0.0)
+            figures = prf(credit, tp + fp - credit, tp + fn - credit)
+            rows.append({"name": name, "support": int(tp + fn), **dict(zip(("precision", "recall", "f1"), figures))})
+        return rows
+
+    def errors(self, counts: Counts) -> dict[fact_errors.ErrorKind, int]:
+        """For extraction, how many errors of each kind there are (`fact_errors.error_kinds` names them); else none."""
+        return fact_errors.errors_of(counts) if self.kind == "extraction" else {}
+
+    def absence(self, counts: Counts) -> list[dict[str, Any]]:
+        """For attributes, each key that labels leave empty: name, how often (`support`), and so answered (`right`)."""
+        names = [key.removeprefix("absent:") for key in counts if key.startswith("absent:")]
+        rows = [
+            {
+                "name": name,
+                "support": int(counts[f"absent:{name}"]),
+                "right": int(counts.get(f"absent_right:{name}", 0.0)),
+            }
+            for name in names
+        ]
+        return sorted(rows, key=lambda row: (-row["support"], row["name"]))
+
+    def set_figures(self, answers: Sequence[str]) -> dict[str, float]:
+        """Figures (0–1) of a whole set of answers that are no sums over rows: variety, for free text; else none."""
+        return text.set_figures(answers) if self.kind == "text" else {}
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy; `from_json` reads it back equal."""
