@@ -193,7 +193,7 @@ def test_same_prompt_twice_is_drawn_twice(llama: PreTrainedModel) -> None:
 
 
 def test_draws_follow_the_distribution_left_by_top_k_and_top_p(monkeypatch: pytest.MonkeyPatch) -> None:
-    from weitiao.generate.engine import _draw
+    from weitiao.generate.sampling import _draw
 
     logits = torch.tensor([0.2, 0.5, 0.3]).log()
     points = [i / 1000 for i in range(1000)]
@@ -203,7 +203,7 @@ def test_draws_follow_the_distribution_left_by_top_k_and_top_p(monkeypatch: pyte
         return [drawn.count(token) / 1000 for token in range(3)]
 
     for num_best in (1, 2, 1024):  # the shortcut over the best tokens changes nothing
-        monkeypatch.setattr("weitiao.generate.engine._NUCLEUS_TOKENS", num_best)
+        monkeypatch.setattr("weitiao.generate.sampling._NUCLEUS_TOKENS", num_best)
         assert shares() == pytest.approx([0.2, 0.5, 0.3], abs=0.002)
         assert shares(top_p=0.7) == pytest.approx([0, 0.625, 0.375], abs=0.002)
         assert shares(top_p=0.1) == [0, 1, 0]

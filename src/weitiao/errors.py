@@ -4,6 +4,7 @@
     ├── RecipeError          the recipe: unknown key, wrong value, missing file
     ├── DataError            rows: carries every problem found, not only the first
     ├── FormError            an answer that does not have the labelled form
+    ├── GrammarError         a grammar of answers that cannot be compiled
     ├── RenderError          a conversation that the model's chat format cannot express
     ├── ModelError           a checkpoint that cannot be found, read or used
     ├── RunError             a run directory: exists, is missing a part, cannot be written
@@ -54,6 +55,10 @@ class DataError(WeitiaoError):
 
 class FormError(WeitiaoError):
     """A text that is not an answer in the labelled form; the text says at which place and why."""
+
+
+class GrammarError(WeitiaoError):
+    """A grammar of answers that cannot be compiled; the text says at which place and why."""
 
 
 class RenderError(WeitiaoError):

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from ..messages import Message
 from ..render.base import Renderer, Tools
-from .engine import Sampling, generate
+from .constraint import Constraint, compiler_of
+from .engine import Generation, Sampling, generate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,10 +22,18 @@ class Reply:
     index: int
     """Which conversation it answers."""
     text: str
-    finish: Literal["stop", "length"]
-    """`length`: cut at the token limit."""
+    """Empty when the answer was refused: what was written until then is no answer."""
+    finish: Literal["stop", "length", "refused"]
+    """`length`: cut at the token limit; with a grammar, only where the answer may end. `refused`: see `refusal`."""
     num_tokens: int
     logprob: float
+    refusal: str = ""
+    """Why there is no answer, as a sentence; only where it was asked for with a grammar, or the model is broken."""
+    tokens: tuple[tuple[int, int, float], ...] = ()
+    """For each token (start, end, log-probability): which characters of `text` it wrote, and how probable it was among
+    those that the grammar allowed. Tokens that only together make a character share its span."""
+    num_steps: int = 0
+    """Calls of the model that the answer took after the prompt's; fewer than tokens where a grammar forced some."""
 
 
 def reply_all(
@@ -35,6 +44,7 @@ def reply_all(
     sampling: Sampling,
     tools: Sequence[Tools] | None = None,
     limits: Sequence[int] | None = None,
+    grammars: Sequence[str | None] | None = None,
     max_rows: int = 48,
 ) -> Iterator[Reply]:
     """Yield the reply to each conversation as it is done, in any order.
@@ -46,16 +56,83 @@ def reply_all(
         sampling: how tokens are chosen.
         tools: for each conversation, the tools on offer.
         limits: for each conversation, the most tokens of its reply, where that is less than `sampling` allows.
+        grammars: for each conversation, the Lark grammar that its reply satisfies or is refused, or None.
         max_rows: conversations answered together.
+
+    Raises:
+        GrammarError: a grammar cannot be compiled; before anything runs.
+        DataError, ModelError, ValueError: as `generate` says.
     """
     offers = tools if tools is not None else [()] * len(conversations)
     prompts = [renderer.render_prompt(messages, offer) for messages, offer in zip(conversations, offers, strict=True)]
-    stop_ids = renderer.stop_ids
-    for done in generate(model, prompts, stop_ids=stop_ids, sampling=sampling, limits=limits, max_rows=max_rows):
-        yield Reply(
-            index=done.index,
-            text=renderer.read_answer(done.token_ids),
-            finish=done.finish,
-            num_tokens=len(done.token_ids),
-            logprob=done.logprob,
-        )
+    generations = generate(
+        model,
+        prompts,
+        stop_ids=renderer.stop_ids,
+        sampling=sampling,
+        limits=limits,
+        constraints=None if grammars is None else _compile(grammars, model, renderer),
+        max_rows=max_rows,
+    )
+    return (_read(done, renderer) for done in generations)
+
+
+def _compile(
+    grammars: Sequence[str | None], model: PreTrainedModel | PeftModel, renderer: Renderer
+) -> list[Constraint | None]:
+    """The constraint of each grammar; each different one is compiled once."""
+    different = {grammar for grammar in grammars if grammar is not None}
+    if not different:
+        return [None] * len(grammars)
+    compiler = compiler_of(renderer, model.config.get_text_config().vocab_size)
+    compiled = {grammar: compiler.compile(grammar) for grammar in different}
+    return [None if grammar is None else compiled[grammar] for grammar in grammars]
+
+
+def _read(done: Generation, renderer: Renderer) -> Reply:
+    # With its stop token, so that what the chat format writes between an answer and that token is known for what it is.
+    stop = renderer.stop_ids[:1] if done.finish == "stop" else ()
+    refused = done.finish == "refused"
+    text = "" if refused else renderer.read_answer((*done.token_ids, *stop))
+    spans = [] if refused else token_spans(renderer, done.token_ids, text)
+    return Reply(
+        index=done.index,
+        text=text,
+        finish=done.finish,
+        num_tokens=len(done.token_ids),
+        logprob=done.logprob,
+        refusal=done.reason,
+        tokens=tuple((*span, logprob) for span, logprob in zip(spans, done.token_logprobs)),
+        num_steps=done.num_steps,
+    )
+
+
+def token_spans(renderer: Renderer, token_ids: Sequence[int], text: str) -> list[tuple[int, int]]:
+    """For each token, where in `text`, which the tokens spell, what it wrote begins and ends.
+
+    '你好' written as 你, three bytes of 好   →   (0, 1), (1, 2), (1, 2), (1, 2)
+    """
+    pieces = renderer.show_tokens(token_ids)
+    if not "".join(pieces).startswith(text):  # tokens that read otherwise at the beginning of a text than inside it
+        pieces = _pieces_by_prefix(renderer, token_ids, text)
+    spans: list[tuple[int, int]] = []
+    end = 0
+    for piece in pieces:
+        if piece or not spans:
+            start, end = end, min(end + len(piece), len(text))
+            spans.append((start, end))
+        else:
+            spans.append(spans[-1])
+    return spans
+
+
+def _pieces_by_prefix(renderer: Renderer, token_ids: Sequence[int], text: str) -> list[str]:
+    """The text of each token as `show_tokens` gives it, by reading ever longer beginnings of the answer."""
+    pieces = [""] * len(token_ids)
+    first, read = 0, 0
+    for place in range(len(token_ids)):
+        prefix = renderer.read_answer(token_ids[: place + 1])
+        if place == len(token_ids) - 1 or (text.startswith(prefix) and len(prefix) > read):
+            pieces[first] = text[read : len(prefix)]
+            first, read = place + 1, len(prefix)
+    return pieces

@@ -80,6 +80,11 @@ class Renderer(ABC):
 
     @property
     @abstractmethod
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers beneath, whose vocabulary answers are written in."""
+
+    @property
+    @abstractmethod
     def template(self) -> str:
         """The chat template, byte for byte; empty when there is none."""
 

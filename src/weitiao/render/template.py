@@ -58,6 +58,10 @@ class TemplateRenderer(Renderer):
         return self._stop_ids
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @property
     def template(self) -> str:
         return self._template
 
