@@ -40,13 +40,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {"errors", "messages", "tasks", "render", "models"},
     "evaluate": {"errors", "messages", "data", "tasks", "render", "runs", "visible", "generate"},
 }
-TOP = {"tune", "token_cache", "probe", "apply", "cli", "__init__", "__main__"}
+TOP = {"tune", "token_cache", "probe", "apply", "prompting", "cli", "__init__", "__main__"}
 """They bring everything together; nothing imports them but each other."""
 
 WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "contract", "recipe", "dataset",
                  "init", "visible", "check", "cli", "__init__", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "matplotlib"}
-WITH_NUMPY = {"data/near.py", "data/checks.py", "render/example_store.py"}
+WITH_NUMPY = {"data/near.py", "data/checks.py", "data/pieces.py", "data/postings.py", "render/example_store.py"}
 """A hundred thousand signatures take a second in numpy, minutes without; so does finding equal ones of a million."""
 
 LONGEST_FILE = 450

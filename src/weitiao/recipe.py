@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from .errors import RecipeError
 
@@ -104,6 +105,22 @@ class Data(Part):
         description="What to do with a longer example. shorten_input cuts the input text only, never the question, "
         "the answer or the chat template.",
     )
+    retrieve: int = Field(
+        0,
+        ge=0,
+        le=32,
+        description="How many of the nearest train rows of its task stand before each row as answered examples, in "
+        "training and in use; 0: none. They are kept with the run.",
+    )
+
+    @field_validator("retrieve")
+    @classmethod
+    def _examples_are_not_learnt(cls, retrieve: int, info: ValidationInfo) -> int:
+        if retrieve and info.data.get("turns") == "all":
+            raise PydanticCustomError(
+                "retrieve", "with turns: all the answers of the examples would be learnt too; set turns: flagged."
+            )
+        return retrieve
 
 
 class DeclaredTask(Part):
@@ -197,7 +214,23 @@ class Evaluate(Part):
     """How a run is scored and reported."""
 
     base: bool = Field(True, description="Score the base model beside the tuned one.")
+    shots: tuple[Annotated[int, Field(ge=0, le=32)], ...] = Field(
+        (),
+        description="Also score the base model as it can be prompted, once for each number: told the form of the "
+        "answer and shown so many train rows as examples, such as [0, 4].",
+    )
     resamples: int = Field(1000, ge=0, description="Bootstrap resamples for the 95 % intervals.")
+    metrics: tuple[str, ...] = Field(
+        (),
+        description="Metrics of your own, each FILE.py:FUNCTION, the file seen from the recipe's folder. "
+        "function(gold, answer, row) gives a number or several by name.",
+    )
+    best_by: str = Field(
+        "overall",
+        min_length=1,
+        description="The dev figure that chooses the best checkpoint: overall (the mean of the tasks' own), or "
+        "TASK.METRIC such as triples.f1_relaxed; with a minus before it where less is better.",
+    )
 
 
 class Recipe(Part):
@@ -239,7 +272,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise RecipeError(f"The recipe {path} must hold keys such as model: and data:, but holds {values!r:.80}.")
     values.setdefault("name", path.stem)
+    _anchor_metrics(values, path.parent)
     return make_recipe(values, overrides, where=str(path))
+
+
+def _anchor_metrics(values: dict[str, Any], folder: Path) -> None:
+    """Make the files of `evaluate.metrics` absolute: the copy of a recipe in its run names the same files."""
+    evaluate = values.get("evaluate")
+    metrics = evaluate.get("metrics") if isinstance(evaluate, dict) else None
+    if isinstance(evaluate, dict) and isinstance(metrics, list):
+        anchored = [str(folder.resolve() / metric) if isinstance(metric, str) else metric for metric in metrics]
+        values["evaluate"] = {**evaluate, "metrics": anchored}
 
 
 def make_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
