@@ -18,6 +18,8 @@ MAX_LABELS = 64
 MIN_ROWS_PER_LABEL = 2.5
 """On average each label must be seen at least this often for a set of strings to count as closed."""
 MAX_LABEL_LENGTH = 40
+COPIED_SHARE = 0.98
+"""Where so large a share of a key's values occurs in the texts, they are copied, and the others are slips."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +42,8 @@ class Bounds:
     """Most digits before and after the point of a number."""
     depth: int = 0
     """How deep lists and objects were nested in each other: 1 for a list of strings."""
+    keys: tuple[str, ...] = ()
+    """All keys of objects inside the values, where they form a small closed set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,15 +56,16 @@ class Field:
     values: tuple[str, ...] = ()
     """All values seen when they form a small closed set (most frequent first), else empty."""
     copied_share: float = 0.0
-    """Share of the values that occur word for word in the row's text, placeholders of absence left out."""
+    """Share of the values that occur word for word in the row's text, placeholders of absence and empty ones
+    left out."""
     absent: str | None = None
     """The string that stands for "not in the text", when the labels have one."""
     bounds: Bounds = Bounds()
 
     @property
     def copied(self) -> bool:
-        """Whether every value seen is copied from the text."""
-        return self.copied_share == 1.0
+        """Whether the values are copied from the text, a slip in fifty aside."""
+        return self.copied_share >= COPIED_SHARE
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Field:
@@ -68,7 +73,9 @@ class Field:
         values = dict(data)
         values["values"] = tuple(values["values"])
         if "bounds" in values:  # runs made before bounds were kept have none
-            values["bounds"] = Bounds(**{**values["bounds"], "numbers": tuple(values["bounds"]["numbers"])})
+            bounds: dict[str, Any] = dict(values["bounds"])
+            bounds |= {name: tuple(value) for name, value in bounds.items() if isinstance(value, list)}
+            values["bounds"] = Bounds(**bounds)
         return cls(**values)
 
 
@@ -98,43 +105,52 @@ def is_closed_set(strings: Sequence[str]) -> bool:
 def infer_fields(values: Sequence[Answer], texts: Sequence[str]) -> tuple[Field, ...]:
     """The fields of the objects in `values`, keys in the most frequent order."""
     objects = [
-        (item, text) for value, text in zip(values, texts) for item in (value if isinstance(value, list) else [value])
+        (item, text, row)
+        for row, (value, text) in enumerate(zip(values, texts))
+        for item in (value if isinstance(value, list) else [value])
     ]
-    order = Counter(tuple(item) for item, _ in objects).most_common(1)[0][0]
-    return tuple(infer_field(key, [(item[key], text) for item, text in objects]) for key in order)
+    order = Counter(tuple(item) for item, _, _ in objects).most_common(1)[0][0]
+    return tuple(infer_field(key, [(item[key], text, row) for item, text, row in objects]) for key in order)
 
 
-def infer_field(key: str, pairs: Sequence[tuple[Answer, str]]) -> Field:
-    """What the labelled values under `key` have in common; each stands beside the text it may be copied from."""
-    kinds = Counter(kind_of(value) for value, _ in pairs)
+def infer_field(key: str, places: Sequence[tuple[Answer, str, int]]) -> Field:
+    """What the labelled values under `key` have in common.
+
+    Args:
+        key: the key, empty for the strings of a list.
+        places: each value, the text it may be copied from, and the number of its row.
+    """
+    kinds = Counter(kind_of(value) for value, _, _ in places)
     strings = [
-        (string, text)
-        for value, text in pairs
+        (string, text, row)
+        for value, text, row in places
         for string in (value if isinstance(value, list) else [value])
         if isinstance(string, str)
     ]
-    counts = Counter(string for string, _ in strings)
+    counts = Counter(string for string, _, _ in strings)
     absent = _absent_value(counts, strings)
-    present = [(string, text) for string, text in strings if string != absent]
-    copied = sum(string in text for string, text in present)
-    closed = is_closed_set([string for string, _ in present])
+    present = [(string, text) for string, text, _ in strings if string != absent]
+    copied = [string in text for string, text in present if string]  # an empty one stands in every text
     return Field(
         key=key,
         kind="|".join(sorted(kinds)),
-        values=tuple(string for string, _ in counts.most_common() if string != absent) if closed else (),
-        copied_share=copied / len(present) if present else 0.0,
+        values=tuple(string for string, _ in counts.most_common() if string != absent)
+        if is_closed_set([string for string, _ in present])
+        else (),
+        copied_share=sum(copied) / len(copied) if copied else 0.0,
         absent=absent,
-        bounds=measure(value for value, _ in pairs),
+        bounds=measure(value for value, _, _ in places),
     )
 
 
 def measure(values: Iterable[Answer]) -> Bounds:
     """The bounds of `values`."""
     strings: set[str] = set()
-    numbers: set[int | float] = set()
+    numbers: set[tuple[str, int, int]] = set()
     sizes: set[int] = set()
-    depth = max((_walk(value, strings, numbers, sizes) for value in values), default=0)
-    spelled = [_number_parts(number) for number in numbers]
+    keys: Counter[str] = Counter()
+    depth = max((_walk(value, strings, numbers, sizes, keys) for value in values), default=0)
+    strings |= keys.keys()
     lengths = [len(string) for string in strings]
     return Bounds(
         min_length=min(lengths, default=1),
@@ -142,25 +158,28 @@ def measure(values: Iterable[Answer]) -> Bounds:
         trimmed=bool(strings) and all(string == string.strip() for string in strings),
         min_items=min(sizes, default=0),
         max_items=max(sizes, default=0),
-        numbers=tuple(sorted({kind for kind, _, _ in spelled})),
-        whole_digits=max((whole for _, whole, _ in spelled), default=0),
-        fraction_digits=max((fraction for _, _, fraction in spelled), default=0),
+        numbers=tuple(sorted({kind for kind, _, _ in numbers})),
+        whole_digits=max((whole for _, whole, _ in numbers), default=0),
+        fraction_digits=max((fraction for _, _, fraction in numbers), default=0),
         depth=depth,
+        keys=tuple(keys) if is_closed_set(list(keys.elements())) else (),
     )
 
 
-def _walk(value: Answer, strings: set[str], numbers: set[int | float], sizes: set[int]) -> int:
+def _walk(
+    value: Answer, strings: set[str], numbers: set[tuple[str, int, int]], sizes: set[int], keys: Counter[str]
+) -> int:
     """Collect what `value` holds; returns how deep it is nested."""
     if isinstance(value, str):
         strings.add(value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        numbers.add(value)
+        numbers.add(_number_parts(value))
     elif isinstance(value, Mapping | list):
         sizes.add(len(value))
         if isinstance(value, Mapping):
-            strings.update(value)
+            keys.update(value.keys())
         inner = value.values() if isinstance(value, Mapping) else value
-        return 1 + max((_walk(item, strings, numbers, sizes) for item in inner), default=0)
+        return 1 + max((_walk(item, strings, numbers, sizes, keys) for item in inner), default=0)
     return 0
 
 
@@ -174,11 +193,16 @@ def _number_parts(number: int | float) -> tuple[str, int, int]:
     return "decimal", len(whole), len(fraction)
 
 
-def _absent_value(counts: Counter[str], strings: Sequence[tuple[str, str]]) -> str | None:
-    """The placeholder of absence: one string that never occurs in its text while nearly all others always do."""
-    never = set(counts) - {string for string, text in strings if string in text}
-    candidates = [string for string in never if counts[string] >= max(2, 0.02 * len(strings))]
-    others = [(string, text) for string, text in strings if string not in candidates]
+def _absent_value(counts: Counter[str], strings: Sequence[tuple[str, str, int]]) -> str | None:
+    """The placeholder of absence: one string that never occurs in its text while nearly all others always do.
+
+    One row does not make a placeholder, however often it holds the string.
+    """
+    never = set(counts) - {string for string, text, _ in strings if string in text}
+    frequent = {string for string in never if counts[string] >= max(2, 0.02 * len(strings))}
+    rows = Counter(string for string, _ in {(string, row) for string, _, row in strings if string in frequent})
+    candidates = [string for string in frequent if rows[string] > 1]
+    others = [(string, text) for string, text, _ in strings if string not in candidates]
     if len(candidates) != 1 or not others:
         return None
     return candidates[0] if sum(string in text for string, text in others) >= 0.9 * len(others) else None

@@ -123,8 +123,8 @@ class AnswerForm:
         if shape == "label list":
             items = [item for value in values for item in value]
             if not is_closed_set(items):
-                pairs = [(item, text) for value, text in zip(values, texts) for item in value]
-                return replace(form, shape="string list", item=infer_field("", pairs) if pairs else None)
+                places = [(item, text, row) for row, (value, text) in enumerate(zip(values, texts)) for item in value]
+                return replace(form, shape="string list", item=infer_field("", places) if places else None)
             repeats = any(len(set(value)) < len(value) for value in values)
             return replace(form, labels=tuple(sorted(set(items))), repeats=repeats)
         return replace(form, fields=infer_fields(values, texts))
@@ -238,11 +238,9 @@ class AnswerForm:
             parts += [f"has the unknown key {', '.join(map(str, extra))}"] if extra else []
             raise FormError(f"{where} {' and '.join(parts)}. Keys of the form: {', '.join(keys)}.")
         for field in self.fields:
-            if kind_of(item[field.key]) not in field.kind.split("|"):
-                raise FormError(
-                    f"{where}: {field.key} must be a {field.kind.replace('|', ' or ')} "
-                    f"but is a {kind_of(item[field.key])}."
-                )
+            kinds = field.kind.split("|")
+            if (kind := kind_of(item[field.key])) not in kinds and not ("list" in kinds and kind == "list of strings"):
+                raise FormError(f"{where}: {field.key} must be a {field.kind.replace('|', ' or ')} but is a {kind}.")
 
     # ---- describing and storing ------------------------------------------------------------------------------
 

@@ -74,7 +74,8 @@ def _body(form: AnswerForm, writer: _Writer) -> str | None:
         return writer.list_of(item, form.min_items, most, level=0)
     labels = [form.style.dumps(label) for label in form.labels]
     if most > 1 and not form.repeats and len(labels) <= MAX_LABELS:
-        return writer.distinct(labels, form.min_items, min(most, len(labels)))
+        choices = [lexemes.literal(label) for label in labels]
+        return writer.distinct(choices, "[]", form.min_items, min(most, len(labels)), level=0)
     return writer.list_of(writer.terminal(lexemes.one_of(labels)), form.min_items, most, level=0)
 
 
@@ -115,18 +116,21 @@ class _Writer:
         filled = f"{opening} {item}{more} {closing}"
         return filled if least else f"({filled} | {lexemes.literal('[]')})"
 
-    def distinct(self, items: Sequence[str], least: int, most: int) -> str:
-        """A list of `least` to `most` different ones of at most 64 `items`: a bit for each tells whether it was."""
-        opening, between, closing = self._around("[]", 0)
-        choices = [
-            f"{lexemes.literal(item)} more::set_bit({bit}) %if bit_clear({bit})" for bit, item in enumerate(items)
-        ]
-        self.rules["some::_"] = " | ".join(choices)
-        self.rules["more::_"] = (
-            f"{closing} %if bit_count_ge(_, {max(1, least)}) | {between} some::_ %if bit_count_lt(_, {most})"
+    def distinct(self, items: Sequence[str], brackets: str, least: int, most: int, *, level: int) -> str:
+        """A list or object of `least` to `most` different ones of at most 64 `items`, which stand as in a rule.
+
+        A bit for each item tells whether it was written.
+        """
+        opening, between, closing = self._around(brackets, level)
+        some, more = f"some_{len(self.rules)}", f"more_{len(self.rules)}"
+        self.rules[f"{some}::_"] = " | ".join(
+            f"{item} {more}::set_bit({bit}) %if bit_clear({bit})" for bit, item in enumerate(items)
         )
-        filled = f"{opening} some::0x0"
-        return filled if least else f"({filled} | {lexemes.literal('[]')})"
+        self.rules[f"{more}::_"] = (
+            f"{closing} %if bit_count_ge(_, {max(1, least)}) | {between} {some}::_ %if bit_count_lt(_, {most})"
+        )
+        filled = f"{opening} {some}::0x0"
+        return filled if least else f"({filled} | {lexemes.literal(brackets)})"
 
     def object_of(self, fields: Sequence[Field], *, level: int) -> str | None:
         """An object with exactly these keys in this order."""
@@ -180,6 +184,7 @@ class _Writer:
             piece = lexemes.copied(self.text, trimmed=one.bounds.trimmed, ensure_ascii=self.style.ensure_ascii)
             kinds = [] if piece is None else [f'"\\"" ({piece}) "\\""']
             kinds += [] if one.absent is None else [lexemes.literal(self._quoted(one.absent))]
+            kinds += [] if one.bounds.min_length else [lexemes.literal('""')]
             return self.terminal(" | ".join(kinds)) if kinds else None
         absent = [] if one.absent is None else [one.absent]
         if one.values:
@@ -215,7 +220,10 @@ class _Writer:
         choices: list[str | None] = []
         if "list" in kinds:
             choices.append(self.list_of(item, 0, most, level=level))
-        if "object" in kinds:
+        if "object" in kinds and bounds.keys:
+            members = [f"{lexemes.literal(self._quoted(key) + self.style.key_separator)} {item}" for key in bounds.keys]
+            choices.append(self.distinct(members, "{}", 0, min(most, len(members)), level=level))
+        elif "object" in kinds:  # with keys unknown, one that stands twice is refused only when the answer is read
             opening, between, closing = self._around("{}", level)
             member = f"{self.terminal(self._free_string(bounds))} {lexemes.literal(self.style.key_separator)} {item}"
             more = f" ({between} {member}){{0,{most - 1}}}" if most > 1 else ""

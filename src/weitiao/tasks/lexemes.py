@@ -25,8 +25,9 @@ _ASCII_CHARACTER = (
     r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}"
 )
 """Characters beyond U+FFFF are two escapes and count as one; half of such a pair stands for no character."""
-_NOT_BLANK = r'[^"\\\s\x00-\x1f]|\\["\\]'
-_ASCII_NOT_BLANK = _ASCII_CHARACTER.replace("[ !", "[!").replace(_ESCAPES, r'\\["\\]')
+_ESCAPES_NOT_BLANK = r'\\["\\b]|\\u00(?:0[0-7ef]|1[0-9ab])'
+_NOT_BLANK = rf'[^"\\\s\x00-\x1f]|{_ESCAPES_NOT_BLANK}'
+_ASCII_NOT_BLANK = _ASCII_CHARACTER.replace("[ !", "[!").replace(_ESCAPES, _ESCAPES_NOT_BLANK)
 
 
 def literal(text: str) -> str:
@@ -82,8 +83,8 @@ def copied(text: str, *, trimmed: bool = False, ensure_ascii: bool = False) -> s
     either = " | ".join(f"%regex {json.dumps({'substring_chunks': chain})}" for chain in chains)
     if not trimmed:
         return f"({either}) & /(?s:.+)/"
-    edge = _ASCII_NOT_BLANK if ensure_ascii else _NOT_BLANK
-    return f"({either}) & {regex(f'(?s:(?:{edge})(?:.*(?:{edge}))?)')}"
+    character, edge = (_ASCII_CHARACTER, _ASCII_NOT_BLANK) if ensure_ascii else (_CHARACTER, _NOT_BLANK)
+    return f"({either}) & {regex(f'(?:{edge})(?:(?:{character})*(?:{edge}))?')}"
 
 
 def number(kinds: Iterable[str] = (), *, whole_digits: int = 0, fraction_digits: int = 0) -> str:
@@ -107,7 +108,7 @@ def number(kinds: Iterable[str] = (), *, whole_digits: int = 0, fraction_digits:
     if "exponent" in allowed:
         small, large = "0[5-9]|[1-9][0-9]|[12][0-9]{2}|3(?:[01][0-9]|2[0-4])", "1[6-9]|[2-9][0-9]|[12][0-9]{2}|30[0-7]"
         forms.append(rf"-?[1-9](?:\.[0-9]{{0,15}}[1-9])?e(?:-(?:{small})|\+(?:{large}))")
-        forms.append(r"-?1(?:\.(?:[0-6][0-9]{0,14}[1-9]|[1-7]))?e\+308")
+        forms.append(r"-?1(?:\.(?:[0-6][0-9]{0,15}|7(?:[0-8][0-9]{0,14})?|79[0-6][0-9]{0,13}))?e\+308")
     return regex("|".join(forms))
 
 
