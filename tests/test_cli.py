@@ -229,7 +229,7 @@ def test_evaluate_scores_another_file_and_only_the_tuned_model_when_asked(work: 
     printed = succeed("evaluate", "runs/rows", "--data", "later.jsonl", "--no-base")
     folder = Path("runs/rows/evaluations/later")
     assert {path.name for path in folder.iterdir()} == {
-        "predictions-tuned.jsonl", "report.json", "report.md", "report.html"
+        "predictions-tuned.jsonl", "scored-tuned.jsonl", "suspects.jsonl", "report.json", "report.md", "report.html"
     }  # fmt: skip
     assert [line["source"] for line in read_lines(folder / "predictions-tuned.jsonl")] == [
         f"later.jsonl:{number}" for number in range(1, 6)

@@ -19,11 +19,10 @@ from .data.records import Record, digest_records
 from .dataset import load_dataset
 from .environment import environment
 from .errors import DataError, FormError, Problem
-from .evaluate.predict import Answerer, OnReply, predict_rows
+from .evaluate.predict import Answerer, OnReply, as_prediction, predict_rows
 from .evaluate.report import Report, write_report
-from .evaluate.score import Prediction, Side, TaskScore, score_side
+from .evaluate.score import Side, TaskScore, score_side
 from .generate.engine import Sampling
-from .messages import write_calls
 from .models.families import OpenModel, open_model
 from .recipe import load_recipe
 from .render.fitting import shorten_record
@@ -113,18 +112,7 @@ def evaluate_run(
             lines = predict_rows(
                 answerer, asked, assigned, folder / f"predictions-{side}.jsonl", key=key, on_reply=on_reply
             )
-        predictions = [
-            Prediction(
-                source=record.source,
-                task=task.name,
-                prompt=record.prompt,
-                before=_before_prompt(record),
-                gold=task.write_target(record),
-                answer=line["prediction"],
-                finish=line["finish"],
-            )
-            for record, task, line in zip(asked, assigned, lines, strict=True)
-        ]
+        predictions = [as_prediction(*row) for row in zip(asked, assigned, lines, strict=True)]
         sides[side] = score_side(predictions, tasks, resamples=recipe.evaluate.resamples)
     report = Report(
         title=f"{recipe.name} on {name}",
@@ -175,23 +163,16 @@ def predict_file(
     return len(lines), sum(line["valid"] for line in lines)
 
 
-def _answerer(contract: Contract, opened: OpenModel) -> Answerer:
+def _answerer(contract: Contract, opened: OpenModel, *, constrain: bool | None = None) -> Answerer:
+    """The opened model as the contract says, held to the forms of answers or not."""
     return Answerer(
         model=opened.model,
         renderer=opened.renderer,
         sampling=Sampling(**contract.decoding),
         answer_limits=contract.answer_limits,
         batch_rows=contract.batch_rows,
+        constrain=contract.constrain if constrain is None else constrain,
     )
-
-
-def _before_prompt(record: Record) -> tuple[tuple[str, str], ...]:
-    """What the model is shown before the last message, as (speaker, text)."""
-    offer = (
-        (("tools", "\n".join(json.dumps(tool, ensure_ascii=False) for tool in record.tools)),) if record.tools else ()
-    )
-    turns = record.messages[:-1]
-    return (*offer, *((turn.role, write_calls(turn.text, turn.calls) if turn.calls else turn.text) for turn in turns))
 
 
 def _shorten(

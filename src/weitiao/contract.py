@@ -17,6 +17,9 @@ from .runs import write_json
 
 VERSION = 1
 
+_ADDED = {"reading", "constrain", "retrieve"}
+"""What contracts of the first runs do not say: then rows were read plainly, answers free, and no examples shown."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contract:
@@ -48,6 +51,10 @@ class Contract:
     reading: Mapping[str, Any] = field(default_factory=dict)
     """How the rows were asked, as `data.reading.describe_sources` says it; empty: as their formats do."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    constrain: bool = False
+    """Whether answers are held to their task's form while they are written."""
+    retrieve: int = 0
+    """How many of the nearest train rows stand before each row as answered examples."""
     version: int = VERSION
 
     def write(self, path: Path) -> None:
@@ -71,8 +78,8 @@ class Contract:
                 f"Use the weitiao version that wrote it: {data.get('versions', {}).get('weitiao', 'unknown')}."
             )
         known = {part.name for part in fields(cls)}
-        if data.keys() | {"reading"} != known:  # contracts of the first runs say nothing of reading: it was plain then
-            odd = ", ".join(sorted((data.keys() | {"reading"}) ^ known))
+        if data.keys() | _ADDED != known:
+            odd = ", ".join(sorted((data.keys() | _ADDED) ^ known))
             raise ContractError(f"The contract {path} cannot be read: {odd} missing or unknown. Train the run again.")
         return cls(**{**data, "stop_ids": tuple(data["stop_ids"]), "tasks": tuple(data["tasks"])})
 

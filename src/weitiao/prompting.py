@@ -199,9 +199,11 @@ class _OneTurn(Answerer):
     __slots__ = ()
 
     def answer(self, records: Sequence[Record], tasks: Sequence[Task]) -> Iterator[Reply]:
-        """Yield the reply to each record as `Answerer` does, its text up to the next turn."""
+        """Yield the reply to each record as `Answerer` does, up to the next turn, which ends it like a stop token."""
         for reply in Answerer.answer(self, records, tasks):
-            yield replace(reply, text=reply.text.partition(_NEXT_TURN)[0])
+            text, mark, _ = reply.text.partition(_NEXT_TURN)
+            tokens = tuple(token for token in reply.tokens if token[1] <= len(text))
+            yield replace(reply, text=text, finish="stop", tokens=tokens) if mark else reply
 
 
 def _fields_of(answerer: Answerer) -> dict[str, Any]:
@@ -259,6 +261,7 @@ def _answerer(settings: Generate, dataset: Dataset, opened: OpenModel) -> Answer
         ),
         answer_limits=limits,
         batch_rows=settings.batch_rows,
+        constrain=settings.constrain,
     )
 
 

@@ -208,6 +208,11 @@ class Generate(Part):
     top_k: int = Field(0, ge=0, description="Sample from this many tokens; 0: all.")
     seed: int = Field(0, ge=0, description="Seed of sampling.")
     batch_rows: int = Field(48, ge=1, description="Rows generated together.")
+    constrain: bool = Field(
+        True,
+        description="Hold every answer to its task's form while it is written, copied values to the row's text: what "
+        "cannot be given so is refused, with the reason. false: the model writes freely.",
+    )
 
 
 class Evaluate(Part):
@@ -218,6 +223,9 @@ class Evaluate(Part):
         (),
         description="Also score the base model as it can be prompted, once for each number: told the form of the "
         "answer and shown so many train rows as examples, such as [0, 4].",
+    )
+    unconstrained: bool = Field(
+        False, description="Score the tuned model without the constraint of generate.constrain too: what it changed."
     )
     resamples: int = Field(1000, ge=0, description="Bootstrap resamples for the 95 % intervals.")
     metrics: tuple[str, ...] = Field(

@@ -16,8 +16,8 @@ from .data.reading import describe_sources
 from .dataset import Dataset, load_dataset, read_options
 from .environment import environment
 from .errors import DataError, RecipeError
-from .evaluate.predict import Answerer
-from .evaluate.score import Prediction, overall, score_predictions
+from .evaluate.predict import Answerer, as_prediction, read_reply
+from .evaluate.score import overall, score_predictions
 from .generate.engine import Sampling, cache_bytes
 from .models.adapters import base_model
 from .models.families import OpenModel, open_model
@@ -37,7 +37,7 @@ from .tuning.methods import add_adapter
 _VOLATILE = {
     "train": ("log_every", "keep_checkpoints", "save_every", "price_per_hour", "currency"),
     "generate": ("batch_rows",),
-    "evaluate": ("base", "resamples"),
+    "evaluate": ("base", "shots", "unconstrained", "resamples"),
 }
 """Settings that may change between the sittings of one run, because the tuned weights do not depend on them."""
 
@@ -224,7 +224,7 @@ def _depends_on(recipe: Recipe, dataset: Dataset, opened: OpenModel) -> dict[str
         for key in keys:
             del settings[part][key]
     del settings["data"], settings["model"]["path"]  # where rows and model lie may change, what they hold may not
-    settings["data"] = {key: getattr(recipe.data, key) for key in ("max_length", "overlong", "turns")}
+    settings["data"] = {key: getattr(recipe.data, key) for key in ("max_length", "overlong", "turns", "retrieve")}
     rows = {name: {"train": train, "dev": dev} for name, (train, dev) in dataset.count_rows().items()}
     return {"data": dataset.fingerprint, "rows": rows, "base model": opened.fingerprint, "recipe": settings}
 
@@ -249,6 +249,7 @@ def _contract(
         decoding=asdict(_sampling(recipe.generate, limits)),
         answer_limits=limits,
         batch_rows=recipe.generate.batch_rows,
+        constrain=recipe.generate.constrain,
         max_length=recipe.data.max_length,
         shorten_input=recipe.data.overlong == "shorten_input",
         data_fingerprint=dataset.fingerprint,
@@ -313,17 +314,11 @@ def _make_on_eval(recipe: Recipe, prepared: Prepared) -> OnEval | None:
             sampling=_sampling(recipe.generate, prepared.answer_limits),
             answer_limits=prepared.answer_limits,
             batch_rows=recipe.generate.batch_rows,
+            constrain=recipe.generate.constrain,
         )
         replies = {reply.index: reply for reply in answerer.answer(records, tasks)}
         predictions = [
-            Prediction(
-                source=record.source,
-                task=task.name,
-                prompt=record.prompt,
-                gold=task.write_target(record),
-                answer=replies[index].text,
-                finish=replies[index].finish,
-            )
+            as_prediction(record, task, read_reply(record, task, replies[index]))
             for index, (record, task) in enumerate(zip(records, tasks, strict=True))
         ]
         scores = score_predictions(predictions, prepared.dataset.tasks, resamples=0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,13 @@ from ..data.records import Record
 from ..errors import FormError
 from ..generate.chat import Reply, reply_all
 from ..generate.engine import Sampling
+from ..messages import write_calls
 from ..render.base import Renderer
 from ..runs import write_text, writing
 from ..tasks.base import Task
+from ..tasks.grammar import form_grammar
+from .confidence import answer_confidence, field_confidences
+from .prediction import FieldConfidence, Prediction
 
 OnReply = Callable[[int, int], None]
 """Called with (replies so far, replies in all)."""
@@ -36,18 +40,34 @@ class Answerer:
     answer_limits: Mapping[str, int]
     """For each task, the most tokens of an answer."""
     batch_rows: int
+    constrain: bool = True
+    """Whether answers are held to their task's form while they are written."""
 
     def answer(self, records: Sequence[Record], tasks: Sequence[Task]) -> Iterator[Reply]:
-        """Yield the reply to each record, whose tasks are `tasks`, as it is done."""
-        return reply_all(
+        """Yield the reply to each record, whose tasks are `tasks`, as it is done.
+
+        A record whose text allows no answer of the form is refused without being asked.
+        """
+        asked: list[int] = []
+        grammars: list[str | None] = []
+        for place, (record, task) in enumerate(zip(records, tasks, strict=True)):
+            try:
+                grammars.append(form_grammar(task.form, record.text) if self.constrain else None)
+                asked.append(place)
+            except FormError as error:
+                yield Reply(index=place, text="", finish="refused", num_tokens=0, logprob=0.0, refusal=str(error))
+        replies = reply_all(
             self.model,
             self.renderer,
-            [record.messages for record in records],
+            [records[place].messages for place in asked],
             sampling=self.sampling,
-            tools=[record.tools for record in records],
-            limits=[self.answer_limits[task.name] for task in tasks],
+            tools=[records[place].tools for place in asked],
+            limits=[self.answer_limits[tasks[place].name] for place in asked],
+            grammars=grammars,
             max_rows=self.batch_rows,
         )
+        for reply in replies:
+            yield replace(reply, index=asked[reply.index])
 
 
 def predict_rows(
@@ -74,7 +94,8 @@ def predict_rows(
 
     Returns:
         The lines as written: the row, ``task``, ``prediction`` (the text), ``answer`` (parsed, null when the form
-        refuses it), ``valid``, ``reason``, ``finish``.
+        refuses it), ``valid``, ``reason``, ``finish``; of valid answers the model's ``confidence`` in the whole and
+        in each of its values (``value_confidence``), as probabilities that nothing has calibrated yet.
     """
     partial = path.with_name(path.name + ".partial")
     done = _read_partial(partial, key)
@@ -86,7 +107,7 @@ def predict_rows(
         with partial.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             for reply in answerer.answer([records[place] for place in todo], [tasks[place] for place in todo]):
                 place = todo[reply.index]
-                done[place] = _line(records[place], tasks[place], reply)
+                done[place] = read_reply(records[place], tasks[place], reply)
                 stream.write(json.dumps({"place": place, "line": done[place]}, ensure_ascii=False) + "\n")
                 stream.flush()
                 if on_reply is not None:
@@ -97,11 +118,16 @@ def predict_rows(
     return lines
 
 
-def _line(record: Record, task: Task, reply: Reply) -> dict[str, Any]:
-    try:
-        answer, reason = task.form.parse(reply.text), ""
-    except FormError as error:
-        answer, reason = None, str(error)
+def read_reply(record: Record, task: Task, reply: Reply) -> dict[str, Any]:
+    """The line of a file of predictions that says what `reply` is worth as an answer to `record`."""
+    answer, reason, confidence, fields = None, reply.refusal, None, ()
+    if not reason:
+        try:
+            answer = task.form.parse(reply.text)
+            confidence = answer_confidence(reply.tokens)
+            fields = field_confidences(task.form, reply.text, reply.tokens)
+        except FormError as error:
+            reason = str(error)
     return {
         **record.raw,
         "source": record.source,
@@ -111,7 +137,35 @@ def _line(record: Record, task: Task, reply: Reply) -> dict[str, Any]:
         "valid": not reason,
         "reason": reason,
         "finish": reply.finish,
+        "confidence": confidence,
+        "value_confidence": [asdict(one) for one in fields],
     }
+
+
+def as_prediction(record: Record, task: Task, line: Mapping[str, Any]) -> Prediction:
+    """The labelled `record` and its `line` of a file of predictions, ready to be scored."""
+    return Prediction(
+        source=record.source,
+        task=task.name,
+        prompt=record.prompt,
+        before=_before_prompt(record),
+        gold=task.write_target(record),
+        answer=line["prediction"],
+        finish=line["finish"],
+        refusal=line["reason"] if line["finish"] == "refused" else "",
+        confidence=line["confidence"],
+        fields=tuple(FieldConfidence(**one) for one in line["value_confidence"]),
+        length=len(record.text),
+    )
+
+
+def _before_prompt(record: Record) -> tuple[tuple[str, str], ...]:
+    """What the model is shown before the last message, as (speaker, text)."""
+    offer = (
+        (("tools", "\n".join(json.dumps(tool, ensure_ascii=False) for tool in record.tools)),) if record.tools else ()
+    )
+    turns = record.messages[:-1]
+    return (*offer, *((turn.role, write_calls(turn.text, turn.calls) if turn.calls else turn.text) for turn in turns))
 
 
 def _read_partial(partial: Path, key: str) -> dict[int, dict[str, Any]]:

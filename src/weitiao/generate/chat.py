@@ -31,7 +31,8 @@ class Reply:
     """Why there is no answer, as a sentence; only where it was asked for with a grammar, or the model is broken."""
     tokens: tuple[tuple[int, int, float], ...] = ()
     """For each token (start, end, log-probability): which characters of `text` it wrote, and how probable it was among
-    those that the grammar allowed. Tokens that only together make a character share its span."""
+    those that the grammar allowed. Tokens that only together make a character share its span. The stop token, where
+    there is one, comes last and has an empty span."""
     num_steps: int = 0
     """Calls of the model that the answer took after the prompt's; fewer than tokens where a grammar forced some."""
 
@@ -94,7 +95,11 @@ def _read(done: Generation, renderer: Renderer) -> Reply:
     stop = renderer.stop_ids[:1] if done.finish == "stop" else ()
     refused = done.finish == "refused"
     text = "" if refused else renderer.read_answer((*done.token_ids, *stop))
-    spans = [] if refused else token_spans(renderer, done.token_ids, text)
+    tokens: list[tuple[int, int, float]] = []
+    if not refused:
+        spans = token_spans(renderer, done.token_ids, text)
+        tokens = [(*span, logprob) for span, logprob in zip(spans, done.token_logprobs)]
+        tokens += [(len(text), len(text), done.stop_logprob)] if stop else []
     return Reply(
         index=done.index,
         text=text,
@@ -102,7 +107,7 @@ def _read(done: Generation, renderer: Renderer) -> Reply:
         num_tokens=len(done.token_ids),
         logprob=done.logprob,
         refusal=done.reason,
-        tokens=tuple((*span, logprob) for span, logprob in zip(spans, done.token_logprobs)),
+        tokens=tuple(tokens),
         num_steps=done.num_steps,
     )
 
