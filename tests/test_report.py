@@ -20,10 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weitiao.errors import RunError
-from weitiao.evaluate.report import METRICS, Report, mark_differences, shorten, visible, write_report
-from weitiao.evaluate.score import Prediction, score_side
+from weitiao.evaluate.differences import mark_differences
+from weitiao.evaluate.metric_texts import METRICS
+from weitiao.evaluate.report import Report, scored_files, write_report
+from weitiao.evaluate.score import Prediction, read_predictions, score_side
 from weitiao.tasks.base import Task
 from weitiao.tasks.forms import AnswerForm, Field
+from weitiao.visible import shorten, visible
 
 FACTS = Task(
     name="facts",
@@ -76,7 +79,7 @@ def report(tasks: tuple[Task, ...] = (FACTS, TOPICS), *, texts: str = "", **side
     )
 
 
-VOID_TAGS = {"meta", "br", "rect", "line"}
+VOID_TAGS = {"meta", "br", "rect", "line", "input", "circle"}
 
 
 class Page(HTMLParser):
@@ -89,6 +92,8 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.text = ""
         self.scripts: list[str] = []
+        self.data: list[str] = []
+        """Of the script elements, those that are run, and those that only hold data."""
         self.feed(html)
         self.close()
         assert self.open == []
@@ -97,20 +102,29 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.attributes += attrs
         if tag not in VOID_TAGS:
-            self.open.append(tag)
+            self.open.append("data" if tag == "script" and ("type", "application/json") in attrs else tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        last = self.open.pop()
+        assert last == tag or (last, tag) == ("data", "script")
 
     def handle_data(self, data: str) -> None:
         if self.open[-1:] == ["script"]:
             self.scripts.append(data)
+        elif self.open[-1:] == ["data"]:
+            self.data.append(data)
         elif self.open[-1:] != ["style"]:
             self.text += f" {data}"
+
+    @property
+    def rows(self) -> Any:
+        """What the script shows rows from."""
+        (data,) = self.data
+        return json.loads(data)
 
 
 # ---- the page -------------------------------------------------------------------------------------------------
@@ -144,13 +158,12 @@ def test_the_page_shows_figures_reasons_and_differences() -> None:
         "By label, tuned",
         "Label (row) and answer (column), tuned",
         "The 2 lowest-scored answers",
-        "not in the label: 甲 · 父亲 · 丙",
+        "spurious 甲 · 父亲 · 丙",
         "Strict F1 a fact counts as found only when",
         "a laptop",
     ):
         assert shown in text, shown
     assert page.tags.count("article") == 2
-    assert page.tags.count("button") == 3
 
 
 def test_one_side_alone_is_a_whole_report() -> None:
@@ -166,7 +179,8 @@ def test_the_page_fetches_nothing_and_runs_only_its_own_script() -> None:
     html = report(base=BASE, tuned=TUNED).to_html()
     page = Page(html)
     assert not {"link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
-    assert not {"src", "href", "srcset", "action"} & {name for name, _ in page.attributes}
+    assert not {"src", "srcset", "action"} & {name for name, _ in page.attributes}
+    assert all((value or "").startswith("#") for name, value in page.attributes if name == "href")
     assert not re.search(r"url\(|@import|https?:", html)
     (script,) = page.scripts
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -186,9 +200,9 @@ def test_no_text_of_the_data_or_the_model_becomes_markup(tmp_path: Path) -> None
     ]
     tasks = (facts_task, labels_task, CHAT)
     hostile = report(tasks, texts=EVIL, **{f"base{EVIL}": rows, f"tuned{EVIL}": rows})
-    _, markdown, html = (path.read_text(encoding="utf-8") for path in write_report(hostile, tmp_path))
+    _, markdown, html = (path.read_text(encoding="utf-8") for path in write_report(hostile, tmp_path)[:3])
     page = Page(html)
-    assert page.tags.count("script") == 1
+    assert (len(page.scripts), len(page.data), page.tags.count("script")) == (1, 1, 2)
     assert "img" not in page.tags
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert "49" not in page.text
@@ -251,7 +265,10 @@ def test_refused_answers_come_first_then_the_lowest_scored_and_right_ones_never(
         ("dev.jsonl:3", 0),
         ("dev.jsonl:2", 0.67),
     ]
-    assert worst[1].missing_and_invented == (["甲 · 母亲 · 丙", "甲 · 父亲 · 乙"], [])
+    assert [(one.kind, one.gold) for one in worst[1].errors] == [
+        ("missing", "甲 · 母亲 · 丙"),
+        ("missing", "甲 · 父亲 · 乙"),
+    ]
 
 
 def test_every_task_gets_an_equal_share_of_the_worst_rows() -> None:
@@ -336,14 +353,16 @@ def test_json_holds_everything_and_rounds_to_six_digits() -> None:
     assert data["sides"]["tuned"]["overall"] == 0.583333
     assert data["data"] == {"file": "dev.jsonl", "fingerprint": "0123456789abcdef"}
     assert [found["source"] for found in data["worst"]] == ["dev.jsonl:3", "dev.jsonl:1"]
-    assert data["worst"][1]["invented"] == ["甲 · 父亲 · 丙"]
+    assert data["worst"][1]["errors"] == [{"kind": "spurious", "gold": "", "given": "甲 · 父亲 · 丙"}]
 
 
-def test_three_files_are_written_whole_and_nothing_else(tmp_path: Path) -> None:
+def test_the_files_are_written_whole_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "demo"
     paths = write_report(report(base=BASE, tuned=TUNED), folder)
-    assert [path.name for path in paths] == ["report.json", "report.md", "report.html"]
-    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json", "report.md"]
+    names = [*(f"report.{end}" for end in ("json", "md", "html")), "suspects.jsonl"]
+    assert [path.name for path in paths] == [*names, "scored-base.jsonl", "scored-tuned.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in paths)
+    assert read_predictions(folder / "scored-tuned.jsonl") == tuple(TUNED)
 
 
 def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,15 +393,17 @@ def test_the_same_input_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Pa
     for seed in ("1", "2"):
         command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / seed)]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
-    for name in ("report.json", "report.md", "report.html"):
+    for name in ("report.json", "report.md", "report.html", "suspects.jsonl", "scored-base.jsonl"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
-def test_five_thousand_rows_make_a_small_page_in_seconds() -> None:
-    pairs = [(fact("甲", f"关系{n % 50}", "乙"), fact("甲", f"关系{n % 49}", "乙")) for n in range(2500)]
+def test_ten_thousand_rows_make_a_page_of_a_few_megabytes_that_holds_every_row() -> None:
+    pairs = [(fact("甲", f"关系{n % 50}", "乙"), fact("甲", f"关系{n % 49}", "乙")) for n in range(5000)]
     rows = [row(FACTS, [gold], [given], line=n) for n, (gold, given) in enumerate(pairs)]
-    rows += [row(TOPICS, ["水果"], [TOPICS.form.labels[n % 3]], line=n) for n in range(2500)]
+    rows += [row(TOPICS, ["水果"], [TOPICS.form.labels[n % 3]], line=n) for n in range(5000)]
+    made = report(base=rows, tuned=rows)
     start = time.perf_counter()
-    html = report(base=rows, tuned=rows).to_html()
-    assert time.perf_counter() - start < 10
-    assert len(html) < 500_000
+    html = made.to_html()
+    assert time.perf_counter() - start < 15
+    assert len(html) < 3_000_000
+    assert len(Page(html).rows["rows"]) == 10_000

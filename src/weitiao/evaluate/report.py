@@ -1,8 +1,7 @@
 """Scored predictions of one or several models on one data set, as JSON, Markdown and one self-contained HTML page.
 
 Knows scores, tasks and pages; knows nothing of models or of how the predictions came about. The pages' texts and
-layout stand in `report.md.jinja` and `report.html.jinja`; this module supplies the figures, the choice of the worst
-rows and the differences between label and answer. Nothing in a report depends on the clock, the machine or the order
+layout stand in the templates beside this module. Nothing in a report depends on the clock, the machine or the order
 of a set: the same input gives the same bytes.
 
 Input texts and answers are untrusted: the page escapes them, shows control characters as visible signs, and carries
@@ -11,71 +10,50 @@ a content security policy that runs no script but its own and fetches nothing.
 
 from __future__ import annotations
 
-import base64
-import difflib
-import functools
-import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jinja2
+from typing import Any, Protocol
 
 from ..runs import write_bytes, writing
 from ..tasks.base import RowScore, Task
-from ..tasks.extraction import facts
-from ..tasks.labels import INVALID
-from ..visible import shorten, visible
-from .score import Prediction, Side, TaskScore, overall, row_value
+from .constrained import FREE, ConstraintEffect, constraint_effects, free_side
+from .differences import Span, mark_differences
+from .fact_errors import KIND_TEXTS, ErrorKind, ShownError, error_kinds_of, errors_of
+from .metric_texts import METRICS, metric_text
+from .pages import figure, heat, template
+from .prediction import Prediction, write_predictions
+from .rows_shown import rows_json
+from .score import Side, TaskScore, overall, row_value
+from .slices import SliceTable, slice_tables
+from .suspects import Suspect, find_suspects, write_suspects
 
 NUM_WORST_ROWS = 50
 NUM_WORST_ROWS_MARKDOWN = 10
+NUM_PARTS_MARKDOWN = 15
+NUM_SUSPECTS_SHOWN = 20
 MAX_LABELS_IN_CONFUSION = 64
-MAX_EXACT_DIFF_TOKENS = 800
-"""Longer texts are compared with difflib's shortcut: without it a looping answer takes many seconds."""
 
 
-class MetricText(NamedTuple):
-    """What people read for a metric."""
+class CalibrationTable(Protocol):
+    """How confidence and correctness go together on one set."""
 
-    label: str
-    meaning: str
+    @property
+    def bins(self) -> Sequence[tuple[float, float, int, float, float]]:
+        """(low, high, rows, mean confidence, accuracy) of each bin of confidence."""
 
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: the mean distance of confidence and accuracy, weighted by rows."""
 
-METRICS: Mapping[str, MetricText] = {
-    "f1": MetricText(
-        "Strict F1",
-        "a fact counts as found only when all its content fields equal the label (subject, predicate and object of a "
-        "triple; key and value of an attribute); the balance of precision and recall over the facts of all rows.",
-    ),
-    "precision": MetricText("Precision", "of the facts that the answers give, the share that the labels hold."),
-    "recall": MetricText("Recall", "of the facts that the labels hold, the share that the answers give."),
-    "f1_typed": MetricText("F1 with types", "strict F1 where the types of subject and object must be equal too."),
-    "accuracy": MetricText("Accuracy", "share of rows whose label, or whole set of labels, is right."),
-    "macro_f1": MetricText(
-        "Macro F1",
-        "F1 of each label, averaged over the labels that occur: a rare label counts as much as a frequent one.",
-    ),
-    "rouge_l": MetricText(
-        "ROUGE-L",
-        "longest common run of words in order, gaps allowed (a Chinese character is a word), averaged over rows.",
-    ),
-    "chrf": MetricText("chrF", "shared character sequences of length 1 to 6, averaged over rows."),
-    "valid": MetricText(
-        "In the labelled form", "share of answers that have the form of the labels; the others earn nothing."
-    ),
-    "exact": MetricText("Exact", "share of answers equal to the label; only spacing and key order of JSON are free."),
-}
+    @property
+    def table(self) -> Sequence[tuple[float, float, float]]:
+        """(threshold, share of rows kept, precision of the rows kept)."""
 
-
-class Span(NamedTuple):
-    """A piece of a text and whether the other text lacks it."""
-
-    text: str
-    differs: bool
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready copy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,20 +72,13 @@ class WorstRow:
         return mark_differences(self.prediction.gold, self.prediction.answer, keep_space=self.task.kind == "text")
 
     @property
-    def missing_and_invented(self) -> tuple[list[str], list[str]]:
-        """For extraction: the facts only the label holds, and those only the answer holds."""
-        if self.task.kind != "extraction" or not self.score.valid:
-            return [], []
-        form = self.task.form
-        wanted = facts(form, form.parse(self.prediction.gold), typed=False)
-        given = facts(form, form.parse(self.prediction.answer), typed=False)
-        missing, invented = ([" · ".join(fact) for fact in sorted(only)] for only in (wanted - given, given - wanted))
-        return missing, invented
+    def errors(self) -> list[ShownError]:
+        """For extraction: the facts that are missing, invented or nearly right."""
+        return errors_of(self.task, self.prediction, self.score)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy."""
-        missing, invented = self.missing_and_invented
-        own = {"score": self.value, "refused": self.score.reason, "missing": missing, "invented": invented}
+        own = {"score": self.value, "refused": self.score.reason, "errors": [one._asdict() for one in self.errors]}
         return {**self.prediction.to_json(), **own}
 
 
@@ -127,20 +98,27 @@ class Report:
     """Anything else worth stating: machine, versions, wall time, decoding …"""
     tasks: tuple[Task, ...]
     sides: Mapping[str, Side]
-    """By name, such as ``base`` and ``tuned``; the first is compared against, the last is the one examined."""
+    """By name, such as ``base``, ``8-shot``, ``tuned`` and ``tuned, unconstrained``. The first is compared against; the
+    last that is held to the form is the one examined."""
+    train_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """For each task, how often its labels, predicates or keys occur in the training rows."""
+    calibration: Mapping[str, CalibrationTable] = field(default_factory=dict)
+    """For each task, how the examined side's confidence and correctness go together."""
 
     def __post_init__(self) -> None:
         assert self.sides, "a report shows at least one side"
 
     @property
     def examined(self) -> str:
-        """Name of the last side, whose breakdown and worst rows are shown."""
-        return list(self.sides)[-1]
+        """Name of the side whose breakdown and rows are shown."""
+        free = {name + FREE for name in self.sides}
+        return [name for name in self.sides if name not in free][-1]
 
     @property
     def baseline(self) -> str | None:
-        """Name of the first side, None when it is the only one."""
-        return next(iter(self.sides)) if len(self.sides) > 1 else None
+        """Name of the first side, None when it is the examined one."""
+        first = next(iter(self.sides))
+        return first if first != self.examined else None
 
     def score(self, side: str, task: Task) -> TaskScore | None:
         """The score of `task` on `side`; None when that side has no rows of it."""
@@ -155,10 +133,19 @@ class Report:
         return after.metrics[after.primary] - before.metrics[before.primary]
 
     def metric_names(self, task: Task) -> list[str]:
-        """The metrics worth showing for `task`: typed F1 only where there are types."""
-        score = next((found for side in self.sides if (found := self.score(side, task))), None)
-        typed = any(field.key.endswith("_type") for field in task.form.fields)
-        return [name for name in (score.metrics if score else ()) if typed or name != "f1_typed"]
+        """The metrics of `task`, those that a reader is shown first leading; typed F1 only where there are types."""
+        scores = [score for side in self.sides if (score := self.score(side, task))]
+        typed = any(one.key.endswith("_type") for one in task.form.fields)
+        names = dict.fromkeys(name for score in scores for name in score.metrics)
+        known = [name for name in task.main_metrics if name in names]
+        own = [name for name in names if name not in METRICS]
+        further = [name for name in names if name not in known and name not in own]
+        return [name for name in (*known, *own, *further) if typed or name != "f1_typed"]
+
+    def main_metric_names(self, task: Task) -> list[str]:
+        """The metrics of `task` that a reader is shown first, the user's own among them."""
+        names = self.metric_names(task)
+        return [name for name in names if name in task.main_metrics or name not in METRICS]
 
     def worst_rows(self, limit: int = NUM_WORST_ROWS) -> list[WorstRow]:
         """The examined side's lowest-scored answers, refused ones first; right answers are never among them.
@@ -180,9 +167,26 @@ class Report:
         chosen |= {id(row) for row in spare}
         return [row for row in faulty if id(row) in chosen]
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the predictions that are not among the worst; floats to six digits."""
-        worst = [row.to_json() for row in self.worst_rows()]
+    def findings(self) -> Findings:
+        """What the examined side's rows show beyond the scores. Costs a second or two on ten thousand rows."""
+        side, free = self.sides[self.examined], free_side(self.sides, self.examined)
+        others = {name: other for name, other in self.sides.items() if name.removesuffix(FREE) != self.examined}
+        return Findings(
+            worst=tuple(self.worst_rows()),
+            slices={
+                task.name: slice_tables(
+                    task, self.sides, examined=self.examined, train_counts=self.train_counts.get(task.name)
+                )
+                for task in self.tasks
+            },
+            errors={task.name: error_kinds_of(side, task) for task in self.tasks if task.kind == "extraction"},
+            constraint=constraint_effects(side, free, self.tasks) if free is not None else (),
+            suspects=find_suspects(side, self.tasks, others=others),
+        )
+
+    def to_json(self, findings: Findings | None = None) -> dict[str, Any]:
+        """Everything but the rows that are not among the worst; floats to six digits."""
+        found, files = findings or self.findings(), scored_files(self.sides)
         data = {
             "title": self.title,
             "created": self.created,
@@ -192,39 +196,135 @@ class Report:
             "facts": dict(self.facts),
             "tasks": [task.to_json() for task in self.tasks],
             "sides": {
-                name: {"overall": overall(side.scores), "scores": [score.to_json() for score in side.scores]}
+                name: {
+                    "file": files[name],
+                    "overall": overall(side.scores),
+                    "scores": [score.to_json() for score in side.scores],
+                }
                 for name, side in self.sides.items()
             },
-            "worst": worst,
+            "examined": self.examined,
+            **found.to_json(),
+            "calibration": {task: one.to_json() for task, one in self.calibration.items()},
         }
         rounded: dict[str, Any] = _rounded(data)
         return rounded
 
-    def to_markdown(self) -> str:
+    def to_markdown(self, findings: Findings | None = None) -> str:
         """The tables and the ten worst rows."""
-        return _render("report.md.jinja", self, self.worst_rows(NUM_WORST_ROWS_MARKDOWN))
+        return self._render("report.md.jinja", findings, worst=self.worst_rows(NUM_WORST_ROWS_MARKDOWN))
 
-    def to_html(self) -> str:
-        """One page that opens offline: tables, bars, confusion, the fifty worst rows with their differences."""
-        return _render("report.html.jinja", self, self.worst_rows())
+    def to_html(self, findings: Findings | None = None) -> str:
+        """One page that opens offline: tables, bars, confusion, and every row with its differences."""
+        found = findings or self.findings()
+        rows = rows_json(
+            self.tasks,
+            self.sides,
+            examined=self.examined,
+            reasons={suspect.place: suspect.reason for suspect in found.suspects},
+            free=self.examined + FREE,
+        )
+        return self._render("report.html.jinja", found, worst=found.worst, rows_json=rows)
+
+    def _render(self, name: str, findings: Findings | None, **more: Any) -> str:
+        metrics = dict.fromkeys(metric for task in self.tasks for metric in self.metric_names(task))
+        return template(name).render(
+            report=self,
+            found=findings or self.findings(),
+            metrics={metric: metric_text(metric) for metric in metrics},
+            metric_text=metric_text,
+            overall=overall,
+            figure=figure,
+            heat=heat,
+            other_f1=self._other_f1,
+            measured=self._is_measured(),
+            any_refused=self._any_refused,
+            kind_texts=KIND_TEXTS,
+            max_labels=MAX_LABELS_IN_CONFUSION,
+            num_suspects=NUM_SUSPECTS_SHOWN,
+            num_parts=NUM_PARTS_MARKDOWN,
+            **more,
+        )
+
+    def _other_f1(self, task: Task) -> list[dict[str, float]]:
+        """For each side but the examined one, the F1 of every label, predicate or key."""
+        scores = [self.score(side, task) for side in self.sides if side != self.examined]
+        return [{part.name: part.f1 for part in score.breakdown} if score else {} for score in scores]
+
+    def _any_refused(self, task: Task) -> bool:
+        """Whether the engine refused an answer of `task` on any side."""
+        return any(score.refused for side in self.sides if (score := self.score(side, task)))
+
+    def _is_measured(self) -> bool:
+        """Whether confidence or loss is known of any row, so that suspects could be looked for."""
+        rows = self.sides[self.examined].predictions
+        return any(row.confidence is not None or row.loss is not None for row in rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Findings:
+    """What the examined side's rows show beyond the scores."""
+
+    worst: tuple[WorstRow, ...]
+    slices: Mapping[str, tuple[SliceTable, ...]]
+    """By task."""
+    errors: Mapping[str, tuple[ErrorKind, ...]]
+    """By task, for extraction."""
+    constraint: tuple[ConstraintEffect, ...]
+    """Per task; empty without an unconstrained side."""
+    suspects: tuple[Suspect, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready copy; suspects have a file of their own and are only counted."""
+        return {
+            "slices": {task: [table.to_json() for table in tables] for task, tables in self.slices.items()},
+            "errors": {task: [kind.to_json() for kind in kinds] for task, kinds in self.errors.items()},
+            "constraint": [effect.to_json() for effect in self.constraint],
+            "suspects": len(self.suspects),
+            "worst": [row.to_json() for row in self.worst],
+        }
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write ``report.json``, ``report.md`` and ``report.html`` into `folder`, each whole or not at all.
+    """Write the report into `folder`, each file whole or not at all, and return their paths.
+
+    ``report.json``, ``report.md`` and ``report.html``; ``suspects.jsonl``, the rows whose label looks wrong; and for
+    each side ``scored-SIDE.jsonl``, its predictions with their labels, from which runs are compared.
 
     Raises RunError when the folder or a file cannot be written.
     """
+    findings = report.findings()
     texts = {
-        "report.json": json.dumps(report.to_json(), ensure_ascii=False, indent=2) + "\n",
-        "report.md": report.to_markdown(),
-        "report.html": report.to_html(),
+        "report.json": json.dumps(report.to_json(findings), ensure_ascii=False, indent=2) + "\n",
+        "report.md": report.to_markdown(findings),
+        "report.html": report.to_html(findings),
     }
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    scored = {folder / file: report.sides[name] for name, file in scored_files(report.sides).items()}
+    for path, side in scored.items():
+        write_predictions(side.predictions, path)
+    write_suspects(findings.suspects, folder / "suspects.jsonl")
     for name, text in texts.items():
         # A lone surrogate cannot be UTF-8; as the escape \udXXX it is plain text, and in JSON it reads back equal.
         write_bytes(folder / name, text.encode("utf-8", "backslashreplace"))
-    return [folder / name for name in texts]
+    return [*(folder / name for name in texts), folder / "suspects.jsonl", *scored]
+
+
+def scored_files(sides: Iterable[str]) -> dict[str, str]:
+    """For each side, the name of the file that holds its scored predictions.
+
+    >>> scored_files(["tuned", "tuned, unconstrained", "tuned (unconstrained)"])["tuned (unconstrained)"]
+    'scored-tuned-unconstrained-2.jsonl'
+    """
+    files: dict[str, str] = {}
+    for side in sides:
+        plain = re.sub(r"\W+", "-", side).strip("-")[:40]
+        numbered = (
+            f"scored-{plain}{end}.jsonl" for end in ("", *(f"-{number}" for number in range(2, len(files) + 3)))
+        )
+        files[side] = next(name for name in numbered if name not in files.values())
+    return files
 
 
 def _rounded(value: Any) -> Any:
@@ -233,114 +333,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-# ---- differences ----------------------------------------------------------------------------------------------
-
-_TOKEN = re.compile(r"\A\s+|(?:[A-Za-z0-9_]+|\S)\s*")
-
-
-def mark_differences(gold: str, answer: str, *, keep_space: bool = True) -> tuple[list[Span], list[Span]]:
-    """Both texts in pieces, marked where the other lacks them: words of Latin letters, else single characters.
-
-    Without `keep_space` spacing is no difference, as between two spellings of the same JSON.
-
-    >>> mark_differences('["书籍"]', '[ "书店" ]', keep_space=False)[1]
-    [Span(text='[ "书', differs=False), Span(text='店', differs=True), Span(text='" ]', differs=False)]
-    """
-    tokens = [_TOKEN.findall(shorten(text)) for text in (gold, answer)]
-    keys = tokens if keep_space else [[token.strip() for token in side] for side in tokens]
-    shortcut = max(map(len, tokens)) > MAX_EXACT_DIFF_TOKENS
-    blocks = difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=shortcut).get_matching_blocks()
-    sides: list[list[Span]] = []
-    for place, side in enumerate(tokens):
-        spans, end = [], 0
-        for block in blocks:
-            start = block[place]
-            spans += [Span("".join(side[end:start]), True), Span("".join(side[start : start + block.size]), False)]
-            end = start + block.size
-        sides.append([span for span in spans if span.text])
-    return sides[0], sides[1]
-
-
-# ---- templates ------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=name.endswith(".html.jinja"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "percent": lambda value: f"{100 * value:.1f}",
-        "signed": lambda value: f"{100 * value:+.1f}".replace("-", "−"),
-        "hash": lambda text: base64.b64encode(hashlib.sha256(str(text).encode("utf-8")).digest()).decode("ascii"),
-        "visible": visible,
-        "shorten": shorten,
-        "cell": _markdown_text,
-        "code": _markdown_code,
-    }
-    return environment.get_template(name)
-
-
-def _render(template: str, report: Report, worst: Sequence[WorstRow]) -> str:
-    names = dict.fromkeys(name for task in report.tasks for name in report.metric_names(task))
-    return _template(template).render(
-        report=report,
-        worst=worst,
-        metrics={name: METRICS.get(name, MetricText(name, "")) for name in names},
-        overall=overall,
-        figure=_figure,
-        heat=_heat,
-        f1_by_name=_f1_by_name,
-        max_labels=MAX_LABELS_IN_CONFUSION,
-    )
-
-
-def _figure(score: TaskScore | None, name: str) -> str:
-    """A metric in per cent with its interval, such as ``84.2 [79.0, 88.9]``."""
-    if score is None:
-        return "–"
-    value = f"{100 * score.metrics[name]:.1f}"
-    bounds = score.intervals.get(name)
-    return value if bounds is None else f"{value} [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
-
-
-def _markdown_text(text: str) -> str:
-    """`text` on one line, with nothing in it that Markdown or a table would read as a mark."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", " ".join(visible(text).split()))
-
-
-def _markdown_code(text: str, limit: int = 300) -> str:
-    """`text` as a code span on one line; line breaks are shown as ↵."""
-    shown = visible(shorten(text, limit)).replace("\n", "↵").replace("\t", " ") or " "
-    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
-    return f"{ticks} {shown} {ticks}"
-
-
-def _f1_by_name(score: TaskScore | None) -> dict[str, float]:
-    return {part.name: part.f1 for part in score.breakdown} if score else {}
-
-
-class HeatRow(NamedTuple):
-    """One label of the confusion table: how often it was given each answer, and that as a share of its rows."""
-
-    gold: str
-    cells: list[tuple[str, int, float]]
-
-
-def _heat(confusion: Mapping[str, Mapping[str, int]]) -> list[HeatRow]:
-    """The confusion table, the most frequent label first; answers that are no label stand last."""
-    totals = {gold: sum(row.values()) for gold, row in confusion.items()}
-    golds = sorted(confusion, key=lambda gold: (-totals[gold], gold))
-    others = sorted({given for row in confusion.values() for given in row} - set(golds))
-    order = [*golds, *(name for name in others if name != INVALID), *(name for name in others if name == INVALID)]
-    return [
-        HeatRow(gold, [(given, row.get(given, 0), row.get(given, 0) / totals[gold]) for given in order])
-        for gold, row in ((gold, confusion[gold]) for gold in golds)
-    ]

@@ -153,7 +153,11 @@ def score_side(
         places = [place for place, prediction in enumerate(predictions) if prediction.task == task.name]
         score = _task_score(task, [rows[place] for place in places], seed=seed, resamples=resamples)
         finishes = Counter(predictions[place].finish for place in places)
-        score = replace(score, cut=finishes["length"], refused=finishes["refused"])
+        given = [predictions[place].answer for place in places if predictions[place].finish != "refused"]
+        figures = task.set_figures(given) if given else {}
+        score = replace(
+            score, metrics={**score.metrics, **figures}, cut=finishes["length"], refused=finishes["refused"]
+        )
         own = [extra[place] for place in places] if extra else []
         scores.append(_with_extra(score, own, seed=seed, resamples=resamples))
     return Side(predictions=tuple(predictions), rows=rows, scores=tuple(scores), extra=tuple(extra))
@@ -187,10 +191,7 @@ def row_scores(predictions: Sequence[Prediction], tasks: Sequence[Task]) -> tupl
 def _refused(task: Task, gold: Answer, why: str) -> RowScore:
     """The score of an answer that the engine refused to give: not in the form and worth nothing."""
     scorer = {"extraction": extraction, "labels": labels, "text": text}[task.kind]
-    counts = scorer.count(task.form, gold, None)
-    if task.kind == "text":  # an empty answer would equal an empty label
-        counts = dict.fromkeys(counts, 0.0)
-    counts = {"rows": 1.0, "valid": 0.0, "exact": 0.0, **counts}
+    counts = {"rows": 1.0, "valid": 0.0, "exact": 0.0, **scorer.count(task.form, gold, None)}
     return RowScore(valid=False, reason=why or "The engine gave no answer.", exact=False, counts=counts)
 
 

@@ -1,0 +1,45 @@
+"""Where two texts differ, piece by piece. `rows.js.jinja` marks differences in the page by the same rules."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import NamedTuple
+
+from ..visible import shorten
+
+MAX_EXACT_DIFF_TOKENS = 800
+"""Longer texts are compared with difflib's shortcut: without it a looping answer takes many seconds."""
+
+
+class Span(NamedTuple):
+    """A piece of a text and whether the other text lacks it."""
+
+    text: str
+    differs: bool
+
+
+_TOKEN = re.compile(r"\A\s+|(?:[A-Za-z0-9_]+|\S)\s*")
+
+
+def mark_differences(gold: str, answer: str, *, keep_space: bool = True) -> tuple[list[Span], list[Span]]:
+    """Both texts in pieces, marked where the other lacks them: words of Latin letters, else single characters.
+
+    Without `keep_space` spacing is no difference, as between two spellings of the same JSON.
+
+    >>> mark_differences('["书籍"]', '[ "书店" ]', keep_space=False)[1]
+    [Span(text='[ "书', differs=False), Span(text='店', differs=True), Span(text='" ]', differs=False)]
+    """
+    tokens = [_TOKEN.findall(shorten(text)) for text in (gold, answer)]
+    keys = tokens if keep_space else [[token.strip() for token in side] for side in tokens]
+    shortcut = max(map(len, tokens)) > MAX_EXACT_DIFF_TOKENS
+    blocks = difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=shortcut).get_matching_blocks()
+    sides: list[list[Span]] = []
+    for place, side in enumerate(tokens):
+        spans, end = [], 0
+        for block in blocks:
+            start = block[place]
+            spans += [Span("".join(side[end:start]), True), Span("".join(side[start : start + block.size]), False)]
+            end = start + block.size
+        sides.append([span for span in spans if span.text])
+    return sides[0], sides[1]
