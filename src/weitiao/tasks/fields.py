@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .patterns import infer_pattern
+
 Answer = Any
 """A parsed answer: list of dicts, dict, list of strings, or string, following the form's shape."""
 
@@ -60,6 +62,8 @@ class Field:
     left out."""
     absent: str | None = None
     """The string that stands for "not in the text", when the labels have one."""
+    pattern: str = ""
+    """A regular expression that every string seen matches as a whole, absence and empty ones aside; else empty."""
     bounds: Bounds = Bounds()
 
     @property
@@ -139,6 +143,7 @@ def infer_field(key: str, places: Sequence[tuple[Answer, str, int]]) -> Field:
         else (),
         copied_share=sum(copied) / len(copied) if copied else 0.0,
         absent=absent,
+        pattern=infer_pattern([string for string, _ in present if string]),
         bounds=measure(value for value, _, _ in places),
     )
 

@@ -254,7 +254,7 @@ class AnswerForm:
         if self.shape in ("label", "label list"):
             what = "one label" if self.shape == "label" else f"a JSON list of {self._bounds()} label(s)"
             return f"{what} out of {len(self.labels)}{fence}: {', '.join(self.labels)}"
-        keys = ", ".join(field.key for field in self.fields)
+        keys = ", ".join(f"{one.key} (like {one.pattern})" if one.pattern else one.key for one in self.fields)
         if self.shape == "object":
             return f"a JSON object{fence} with the keys {keys}"
         return f"a JSON list{fence} of {self._bounds()} object(s) with the keys {keys}"

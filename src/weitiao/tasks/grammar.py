@@ -186,12 +186,14 @@ class _Writer:
             kinds += [] if one.absent is None else [lexemes.literal(self._quoted(one.absent))]
             kinds += [] if one.bounds.min_length else [lexemes.literal('""')]
             return self.terminal(" | ".join(kinds)) if kinds else None
-        absent = [] if one.absent is None else [one.absent]
+        others = [] if one.absent is None else [one.absent]
         if one.values:
-            return self.terminal(lexemes.one_of(map(self._quoted, [*one.values, *absent])))
-        return self.terminal(
-            " | ".join([self._free_string(one.bounds), *map(lexemes.literal, map(self._quoted, absent))])
-        )
+            return self.terminal(lexemes.one_of(map(self._quoted, [*one.values, *others])))
+        free = self._free_string(one.bounds)
+        if one.pattern and (one.pattern.isascii() or not self.style.ensure_ascii):  # it has no quotes and no escapes
+            free = lexemes.regex(f'"(?:{one.pattern})"')
+            others += [] if one.bounds.min_length else [""]
+        return self.terminal(" | ".join([free, *map(lexemes.literal, map(self._quoted, others))]))
 
     def _free_string(self, bounds: Bounds) -> str:
         seen = bounds.max_length
