@@ -97,7 +97,9 @@ def test_a_list_of_objects_is_told_with_its_fence_and_closed_sets(tasks: dict[st
             'Write [] where there is nothing to list.\nThe form:\n["…"]',
         ),
         (
-            AnswerForm(shape="string list", min_items=1, max_items=3, item=Field(key="", kind="string", copied_share=1.0)),
+            AnswerForm(
+                shape="string list", min_items=1, max_items=3, item=Field(key="", kind="string", copied_share=1.0)
+            ),
             '只输出一个 JSON 列表，前后不写别的文字。\n每一项是一个字符串，照抄原文里的字句。\n格式：\n["…"]',
             "Write one JSON list, and nothing before or after it.\n"
             'Each item is a string, copied word for word from the text.\nThe form:\n["…"]',
@@ -149,7 +151,11 @@ def test_a_few_copied_values_are_no_closed_set() -> None:
 def test_a_row_is_told_the_form_in_the_language_it_is_asked_in(rows: list[Record]) -> None:
     english = [row for row in rows if language_of(row) == "en"]
     assert {row.question.isascii() for row in english} == {True} and len(english) == 67
-    assert [language_of(talk(asked, "a")) for asked in ("按三元组输出 JSON", "12345", "JSON, please")] == ["zh", "zh", "en"]
+    assert [language_of(talk(asked, "a")) for asked in ("按三元组输出 JSON", "12345", "JSON, please")] == [
+        "zh",
+        "zh",
+        "en",
+    ]
 
 
 # --- Which examples -------------------------------------------------------------------------------------------------

@@ -97,7 +97,9 @@ def test_only_rows_of_the_group_are_neighbours() -> None:
 
 
 def test_conversations_are_found_by_all_that_was_said() -> None:
-    talk = row("那就买吧", turns=(Message(role="user", text="这台冰箱怎么样"), Message(role="assistant", text="很静音")))
+    talk = row(
+        "那就买吧", turns=(Message(role="user", text="这台冰箱怎么样"), Message(role="assistant", text="很静音"))
+    )
     index = NeighbourIndex.build([row("今天下雨"), talk])
     assert places(index, "冰箱静音")[0] == 1
 
@@ -216,7 +218,12 @@ def test_other_rows_or_groups_have_another_fingerprint() -> None:
     rows = [row("手机很好"), row("手机很坏")]
     marks = {
         NeighbourIndex.build(rows, groups=groups).fingerprint
-        for rows, groups in ((rows, None), (rows, ["a", "b"]), (rows[::-1], None), ([rows[0], row("手机很坏", target="b")], None))
+        for rows, groups in (
+            (rows, None),
+            (rows, ["a", "b"]),
+            (rows[::-1], None),
+            ([rows[0], row("手机很坏", target="b")], None),
+        )
     }
     assert len(marks) == 4
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +184,8 @@ def _answer(
     key: str,
     counting: Counting | None = None,
 ) -> ShotSide:
-    parts = [key, digest_records(asked.records), asdict(answerer.sampling), dict(answerer.answer_limits)]
-    whole = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    how = {name: value for name, value in _fields_of(answerer).items() if name not in ("model", "renderer")}
+    whole = hashlib.sha256(f"{key} {digest_records(asked.records)} {how}".encode()).hexdigest()
     one_turn = answerer if answerer.renderer.template else _OneTurn(**_fields_of(answerer))
     with counting(name) if counting is not None else contextlib.nullcontext() as on_reply:
         lines = predict_rows(one_turn, asked.records, tasks, path, key=whole, on_reply=on_reply)
