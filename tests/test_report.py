@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from weitiao.errors import RunError
 from weitiao.evaluate.differences import mark_differences
 from weitiao.evaluate.metric_texts import METRICS
-from weitiao.evaluate.report import Report, scored_files, write_report
+from weitiao.evaluate.report import Report, write_report
 from weitiao.evaluate.score import Prediction, read_predictions, score_side
 from weitiao.tasks.base import Task
 from weitiao.tasks.forms import AnswerForm, Field

@@ -30,6 +30,7 @@ def rows_json(
     examined: str,
     reasons: Mapping[int, str],
     free: str | None,
+    flips: bool = False,
 ) -> str:
     """The JSON that the page's script shows rows from, fit to stand in a script element.
 
@@ -39,6 +40,7 @@ def rows_json(
         examined: the side that is shown.
         reasons: why a row's label looks wrong, by the row's place.
         free: the side without the constraint, where there is one.
+        flips: whether rows that flipped between right and wrong may be asked for.
     """
     side = sides[examined]
     others = [name for name in sides if name != examined]
@@ -59,6 +61,7 @@ def rows_json(
                 if (answer := sides[name].predictions[match].answer) == prediction.answer
                 else _text(answer, limit),
                 round(values[name][match], 4),
+                outcome(sides[name].rows[match]),
             ]
             if (match := pairs[name].get(place)) is not None
             else None
@@ -73,6 +76,7 @@ def rows_json(
         "examined": visible(examined),
         "others": [visible(name) for name in others],
         "free": others.index(free) if free in others else None,
+        "flips": flips,
         "tasks": [{"name": visible(task.name), "kind": task.kind} for task in tasks],
         "rows": rows,
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.records import Record
 from ..tasks.base import RowScore, Task, add_counts, prf
 from .prediction import Prediction
 from .score import Side, draws, resampled_counts
@@ -75,6 +76,27 @@ def slice_tables(
     if train_counts is not None:
         tables.append(_by_rarity(own, examined, train_counts))
     return tuple(table for table in tables if table is not None and len(table.slices) > 1)
+
+
+def count_labels(records: Sequence[Record], tasks: Sequence[Task]) -> dict[str, dict[str, int]]:
+    """For each task by its name, how many of `records` hold each label, predicate or key: what `train_counts` takes.
+
+    Args:
+        records: labelled rows, such as those a model learns from.
+        tasks: for each of them, its task.
+    """
+    answers: Counter[tuple[str, str]] = Counter()
+    for record, task in zip(records, tasks, strict=True):
+        if task.kind != "text":
+            answers[task.name, task.write_target(record)] += 1
+    by_name = {task.name: task for task in tasks}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in by_name}
+    for (name, answer), times in answers.items():
+        task = by_name[name]
+        for key in task.score(task.form.parse(answer), answer).counts:
+            if key.startswith("tp:"):
+                counts[name][key.removeprefix("tp:")] += times
+    return {name: dict(found) for name, found in counts.items()}
 
 
 Rows = Sequence[tuple[Prediction, RowScore]]
