@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from weitiao import dataset as dataset_module
-from weitiao.data import record_store
+from weitiao.data import json_rows, record_store
 from weitiao.data.options import ReadOptions
 from weitiao.data.record_store import RecordStore, RowKeeper, select_rows
 from weitiao.data.records import Record, read_records, take_records
@@ -225,6 +225,8 @@ def test_an_answer_that_fits_nothing_is_an_error_from_a_sample_too(on_disk: pyte
 def test_memory_hardly_grows_with_the_rows(on_disk: pytest.MonkeyPatch, tmp_path: Path) -> None:
     on_disk.setattr(record_store, "KEPT_IN_MEMORY", 200)
     on_disk.setattr(record_store, "_BLOCK_BYTES", 1 << 14)
+    on_disk.setattr(record_store, "PART_ROWS", 100)
+    on_disk.setattr(json_rows, "BLOCK_BYTES", 1 << 14)
     on_disk.setattr(dataset_module, "SAMPLED_ROWS", 200)
     peaks = []
     for count in (1_000, 5_000):

@@ -107,6 +107,7 @@ class Unused(Renderer):
 
     stop_ids = (1,)
     template = "t"
+    tokenizer = None
 
     def render_prompt(self, messages: Any, tools: Any = ()) -> tuple[int, ...]:
         raise AssertionError("nothing is to be rendered")

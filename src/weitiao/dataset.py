@@ -18,6 +18,7 @@ from .data.mixture import Mixture, SourceRows, hold_out, read_mixture
 from .data.options import ReadOptions
 from .data.record_store import select_rows
 from .data.records import Record, digest_records
+from .data.workers import Workers
 from .errors import DataError, Problem, RecipeError
 from .recipe import Data, DeclaredTask, Recipe, Source
 from .tasks.answers import find_misfit
@@ -47,6 +48,10 @@ class Dataset:
     fingerprint: str
     """SHA-256 over all rows, in order, train and dev apart."""
 
+    train_as_written: Sequence[int] = ()
+    """For each train row 1 where its answer is text and learnt in these very words, else 0; empty: not known."""
+    dev_as_written: Sequence[int] = ()
+
     def count_rows(self) -> dict[str, tuple[int, int]]:
         """``{task: (train rows, dev rows)}``."""
         train = Counter(task.name for task in self.train_tasks)
@@ -62,14 +67,16 @@ def load_dataset(recipe: Recipe) -> Dataset:
             every dev row that is also trained on, all at once.
     """
     data = recipe.data
-    with _without_collecting():
+    with _without_collecting(), Workers() as workers:
         mixture = read_mixture(
             [_source_rows(source, data) for source in data.train],
             [_source_rows(source, data) for source in data.dev],
             seed=recipe.train.seed,
             folder=cache_folder() / "rows",
+            workers=workers,
         )
-        return understand(mixture, recipe.tasks, held_out=0 if data.dev else data.held_out, seed=recipe.train.seed)
+        held_out = 0 if data.dev else data.held_out
+        return understand(mixture, recipe.tasks, held_out=held_out, seed=recipe.train.seed, workers=workers)
 
 
 @contextmanager
@@ -101,19 +108,24 @@ def read_options(source: Source, data: Data) -> ReadOptions:
 
 
 def understand(
-    mixture: Mixture, declared: Sequence[DeclaredTask] = (), *, held_out: float = 0, seed: int = 0
+    mixture: Mixture,
+    declared: Sequence[DeclaredTask] = (),
+    *,
+    held_out: float = 0,
+    seed: int = 0,
+    workers: Workers | None = None,
 ) -> Dataset:
-    """Find the tasks of the rows, set `held_out` of the train rows apart, and check every row.
+    """Find the tasks of the rows, set `held_out` of the train rows apart, and check every row; many rows in `workers`.
 
     Raises DataError as `load_dataset`.
     """
     num_rows, num_train = len(mixture.train) + len(mixture.dev), len(mixture.train)
     tasks = merge_tasks(infer_tasks(_sample(mixture, seed)), declared)
-    review = Review(mixture.train, mixture.dev, tasks)
+    review = Review(mixture.train, mixture.dev, tasks, workers=workers)
     if review.misfits and num_rows > SAMPLED_ROWS:  # what the sample did not show may be common enough to be a form
         odd = [review.row(place) for place in review.misfits[:SAMPLED_ROWS]]
         tasks = merge_tasks(infer_tasks([*_sample(mixture, seed), *odd]), declared)
-        review = Review(mixture.train, mixture.dev, tasks)
+        review = Review(mixture.train, mixture.dev, tasks, workers=workers)
     problems = [*review.problems, *review.contradictions(), *review.leaks()]
     if problems:
         bad = len({problem.source for problem in problems})
@@ -134,6 +146,8 @@ def understand(
         dev_tasks=tuple(map(review.task, in_dev)),
         notes=(*mixture.left_out, *review.notes(frozenset(in_dev))),
         fingerprint=hashlib.sha256("/".join(digests).encode()).hexdigest(),
+        train_as_written=bytes(map(review.as_written.__getitem__, kept)),
+        dev_as_written=bytes(map(review.as_written.__getitem__, in_dev)),
     )
 
 

@@ -29,7 +29,7 @@ import pyarrow
 from filelock import FileLock, Timeout
 
 from .cache import cache_folder
-from .data.record_store import keeping, select_rows
+from .data.record_store import keeping, pack_rows, select_rows
 from .data.records import Record
 from .dataset import Dataset
 from .errors import Problem
@@ -97,7 +97,9 @@ def fit_side(
         reading=[[source.format, source.prompt, source.system] for source in (*data.train, *data.dev)],
     )
     started = time.monotonic()
-    made = fit_or_open(records, tasks, how, folder=folder or cache_folder() / "tokens", key=key)
+    as_written = dataset.train_as_written if side == "train" else dataset.dev_as_written
+    place = folder or cache_folder() / "tokens"
+    made = fit_or_open(records, tasks, how, folder=place, key=key, as_written=as_written)
     many = f"{len(made.fitted.examples):,} {side} examples"
     if made.found:
         return made.fitted, f"{many}: tokenised rows from the cache, {made.folder}"
@@ -117,10 +119,8 @@ def token_key(
         tokenizer: fingerprint of the tokenizer's files.
         reading: what else of the recipe decides where a row's text stands; JSON.
     """
-    number = {id(task): place for place, task in enumerate(tasks)}
-    digest = hashlib.sha256()
-    for task in row_tasks:
-        digest.update(number[id(task)].to_bytes(2, "little"))
+    number = {id(task): place.to_bytes(2, "little") for place, task in enumerate(tasks)}
+    digest = hashlib.sha256(b"".join([number[id(task)] for task in row_tasks]))
     parts = {
         "layout": _LAYOUT,
         "rows": rows,
@@ -147,9 +147,17 @@ def fingerprint_tokenizer(folder: Path) -> str:
 
 
 def fit_or_open(
-    records: Sequence[Record], tasks: Sequence[Task], how: Fitting, *, folder: Path, key: str
+    records: Sequence[Record],
+    tasks: Sequence[Task],
+    how: Fitting,
+    *,
+    folder: Path,
+    key: str,
+    as_written: Sequence[int] = (),
 ) -> TokenisedRows:
     """The examples of `records` from the cache in `folder`; made first, on all cores, where they are not there.
+
+    `as_written` as `fit_chunk` takes it.
 
     Raises:
         DataError: rows too long for the policy, all of them named, and then nothing is kept; or a full disk.
@@ -160,7 +168,7 @@ def fit_or_open(
         with FileLock(folder / f"{place.name}.lock"):
             found = _open(place, records)
             if found is None:
-                _make(place, records, tasks, how)
+                _make(place, fit_in_threads(records, tasks, how, as_written=as_written), len(records), how.max_length)
             else:
                 os.utime(place)
     if found is None:
@@ -172,13 +180,19 @@ def fit_or_open(
 
 
 def fit_in_threads(
-    records: Sequence[Record], tasks: Sequence[Task], how: Fitting, *, chunk_rows: int = CHUNK_ROWS
+    records: Sequence[Record],
+    tasks: Sequence[Task],
+    how: Fitting,
+    *,
+    chunk_rows: int = CHUNK_ROWS,
+    as_written: Sequence[int] = (),
 ) -> Iterator[FittedChunk]:
     """What `fit_chunk` makes of each part of `records`, in order; at most a few parts are held at a time."""
 
     def fit(start: int) -> FittedChunk:
         end = min(start + chunk_rows, len(records))
-        return fit_chunk(start, select_rows(records, range(start, end)), tasks[start:end], how)
+        rows = pack_rows(records, range(start, end))
+        return fit_chunk(start, rows, tasks[start:end], how, as_written=as_written[start:end])
 
     waiting: deque[Future[FittedChunk]] = deque()
     pool = ThreadPoolExecutor(max_workers=_THREADS)
@@ -200,13 +214,13 @@ def fit_in_threads(
 # ---- on the disk ------------------------------------------------------------------------------------------------
 
 
-def _make(place: Path, records: Sequence[Record], tasks: Sequence[Task], how: Fitting) -> None:
+def _make(place: Path, chunks: Iterator[FittedChunk], num_rows: int, max_length: int) -> None:
     """Fill the folder `place` under another name, then rename it. The caller holds its lock."""
     _clear_leftovers(place)
     shutil.rmtree(place, ignore_errors=True)  # what is there could not be opened
     temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".tmp-{place.name}-"))
     try:
-        index = _write_examples(temporary / _EXAMPLES, records, tasks, how)
+        index = _write_examples(temporary / _EXAMPLES, chunks, num_rows, max_length)
         sync(temporary / _EXAMPLES)
         (temporary / _INDEX).write_text(json.dumps(index), encoding="utf-8")
         sync(temporary / _INDEX)
@@ -218,20 +232,20 @@ def _make(place: Path, records: Sequence[Record], tasks: Sequence[Task], how: Fi
         raise
 
 
-def _write_examples(path: Path, records: Sequence[Record], tasks: Sequence[Task], how: Fitting) -> dict[str, Any]:
+def _write_examples(path: Path, chunks: Iterator[FittedChunk], num_rows: int, max_length: int) -> dict[str, Any]:
     """Write all examples to `path`; returns what the index says of them."""
     problems: list[Problem] = []
     dropped: list[int] = []
     shortened: list[tuple[int, int]] = []
     with ExampleWriter(path) as writer:
-        for chunk in fit_in_threads(records, tasks, how):
+        for chunk in chunks:
             writer.add(chunk.examples, chunk.rows)
             problems += chunk.problems
             dropped += chunk.dropped
             shortened += [(place, len(record.text)) for place, record in chunk.shortened.items()]
-        refuse_problems(problems, len(records), how.max_length)
+        refuse_problems(problems, num_rows, max_length)
     size = path.stat().st_size
-    return {"rows": len(records), "bytes": size, "dropped": dropped, "shortened": shortened}
+    return {"rows": num_rows, "bytes": size, "dropped": dropped, "shortened": shortened}
 
 
 def _open(place: Path, records: Sequence[Record]) -> FittedRows | None:

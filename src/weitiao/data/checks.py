@@ -11,8 +11,6 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from .record import Record
 
 InputKey = tuple[tuple[str, ...], ...]
@@ -65,9 +63,13 @@ class SameRows:
 
     def add(self, record: Record, *, dev: bool) -> None:
         """Take in the next row, from the dev or the train side."""
-        self._inputs.append(_hash(repr(input_key(record))))
-        self._targets.append(_hash(target_key(record)))
-        self._dev.append(dev)
+        self.extend(array("Q", [hash_input(record)]), array("Q", [hash_target(record)]), dev=dev)
+
+    def extend(self, inputs: array[int], targets: array[int], *, dev: bool) -> None:
+        """Take in the next rows of one side, of each of which `hash_input` and `hash_target` are given."""
+        self._inputs.extend(inputs)
+        self._targets.extend(targets)
+        self._dev.frombytes(bytes([dev]) * len(inputs))
 
     def is_dev(self, row: int) -> bool:
         return bool(self._dev[row])
@@ -101,12 +103,24 @@ class SameRows:
 
     def _same_inputs(self) -> Iterator[list[int]]:
         """Rows with one input, each group in order."""
+        import numpy as np  # here, because the workers that hash rows do without it
+
         hashes = np.array(self._inputs, dtype=np.uint64)
         order = np.argsort(hashes, kind="stable")
         ordered = hashes[order]
         starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1], [True])))
         for at in np.flatnonzero(np.diff(starts) > 1):
             yield [int(row) for row in order[starts[at] : starts[at + 1]]]
+
+
+def hash_input(record: Record) -> int:
+    """64 bits that are the same for rows with one `input_key`."""
+    return _hash(repr(input_key(record)))
+
+
+def hash_target(record: Record) -> int:
+    """64 bits that are the same for rows with one `target_key`."""
+    return _hash(target_key(record))
 
 
 def _hash(text: str) -> int:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import difflib
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from weitiao.data.compression import open_plain
 from weitiao.data.hub import MODELSCOPE, iter_hugging_face_rows, modelscope_files
-from weitiao.data.json_rows import iter_json_rows
+from weitiao.data.json_rows import LineBlock, iter_json_parts, iter_json_rows, read_block
 from weitiao.data.options import ReadOptions
 from weitiao.data.raw_rows import RawRow, RowCount
 from weitiao.data.tables import iter_csv_rows, iter_parquet_rows, iter_xlsx_rows
@@ -30,6 +31,12 @@ TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 BINARY_KINDS = (".parquet", ".xlsx")
 KNOWN_ENDINGS = (*TEXT_KINDS, *(kind + packed for kind in TEXT_KINDS for packed in (".gz", ".zst")), *BINARY_KINDS)
 INFO_NAME = "dataset_info.json"
+
+RawPart = LineBlock | list[RawRow]
+"""Some rows of a source, in order."""
+
+_PART_ROWS = 500
+Item = TypeVar("Item")
 
 _OTHER_FILE_KINDS = (
     (b"\xff\xfe", "UTF-16 text. Save it as UTF-8"),
@@ -49,13 +56,59 @@ def iter_raw_rows(name: str, options: ReadOptions, count: RowCount) -> Iterator[
         yield from iter_hugging_face_rows(name, count)
         return
     for path in find_files(name):
-        before = count.read
-        try:
-            yield from _iter_file_rows(path, options, count)
-        except OSError as error:
-            raise DataError(explain_unreadable(path, error)) from error
-        if count.read == before:
-            raise DataError(f"{path} holds no rows. {_how_to_fill(path)}")
+        yield from _or_explain(_iter_file(path, options, count, iter_json_rows), path)
+
+
+def iter_raw_parts(name: str, options: ReadOptions, count: RowCount) -> Iterator[RawPart]:
+    """The rows of `iter_raw_rows` in parts that other processes can work on.
+
+    Rows of JSON lines come as lines, which `rows_of` reads and counts; those of other files are read, and counted in
+    `count`, before they are handed out.
+
+    Raises as `iter_raw_rows`, after the rows before the fault were handed out.
+    """
+    if name.startswith("hf:"):
+        yield from _in_parts(iter_hugging_face_rows(name, count))
+        return
+    for path in find_files(name):
+        yield from _in_parts(_or_explain(_iter_file(path, options, count, iter_json_parts), path))
+
+
+def rows_of(part: RawPart, count: RowCount) -> Iterator[RawRow]:
+    """The rows of a part; `count` counts those that were not counted before."""
+    return read_block(part, count) if isinstance(part, LineBlock) else iter(part)
+
+
+def _in_parts(items: Iterator[LineBlock | RawRow]) -> Iterator[RawPart]:
+    """Blocks as they are, rows some hundred at a time."""
+    rows: list[RawRow] = []
+    try:
+        for item in items:
+            if isinstance(item, LineBlock):
+                yield item
+                continue
+            rows.append(item)
+            if len(rows) == _PART_ROWS:
+                yield rows
+                rows = []
+    except DataError:
+        yield rows
+        raise
+    if rows:
+        yield rows
+
+
+def _or_explain(items: Iterator[Item], path: str) -> Iterator[Item]:
+    """The rows of the file at `path`. Raises DataError when it cannot be read, or there are none."""
+    any_rows = False
+    try:
+        for item in items:
+            any_rows = True
+            yield item
+    except OSError as error:
+        raise DataError(explain_unreadable(path, error)) from error
+    if not any_rows:
+        raise DataError(f"{path} holds no rows. {_how_to_fill(path)}")
 
 
 def find_files(name: str) -> list[str]:
@@ -90,7 +143,10 @@ def _files_in(folder: str) -> list[str]:
     return files
 
 
-def _iter_file_rows(path: str, options: ReadOptions, count: RowCount) -> Iterator[RawRow]:
+def _iter_file(
+    path: str, options: ReadOptions, count: RowCount, iter_json: Callable[..., Iterator[Item]]
+) -> Iterator[Item | RawRow]:
+    """The rows of one file; what stands in JSON as `iter_json` gives it."""
     lower = path.lower()
     if lower.endswith(".parquet"):
         yield from iter_parquet_rows(path, count=count)
@@ -106,7 +162,7 @@ def _iter_file_rows(path: str, options: ReadOptions, count: RowCount) -> Iterato
             yield from iter_csv_rows(file, path, delimiter=delimiter, encoding=options.encoding, count=count)
         else:
             may_be_array = plain_name.endswith(".json")
-            yield from iter_json_rows(file, path, encoding=options.encoding, count=count, may_be_array=may_be_array)
+            yield from iter_json(file, path, encoding=options.encoding, count=count, may_be_array=may_be_array)
 
 
 def _refuse_other_file_kinds(path: str) -> None:

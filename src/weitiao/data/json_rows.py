@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import chain
 from typing import BinaryIO
 
 from weitiao.data.json_values import JsonReader, find_odd_values, json_problem, needs_walk, skip_space
@@ -17,31 +20,100 @@ from weitiao.data.placeholders import may_hold_placeholders
 from weitiao.data.raw_rows import RawRow, RowCount, repeated_keys, unreadable
 from weitiao.errors import Problem
 
+BLOCK_BYTES = 1 << 20
+"""About so many bytes of lines are handed to another process at once: some two thousand rows."""
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _OPENS_DATA = re.compile(rb'\{\s*"data"\s*:\s*\[')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LineBlock:
+    """Some whole lines of a file of JSON lines: what another process needs to read the rows in them."""
+
+    data: bytes
+    name: str
+    first_line: int
+    """The number of the first of them in the file, from 1."""
+    encoding: Encoding
 
 
 def iter_json_rows(
     file: BinaryIO, name: str, *, encoding: Encoding, count: RowCount, may_be_array: bool
 ) -> Iterator[RawRow]:
     """Each row of a file of JSON lines, or of one array (or ``{"data": [rows]}``) where `may_be_array`."""
+    start = _read_start(file)
+    if _is_lines(start, may_be_array=may_be_array):
+        yield from _parse_lines(chain(start, file), name, 1, encoding=encoding, count=count)
+    else:
+        yield from _iter_other(start, file, name, encoding=encoding, count=count, may_be_array=may_be_array)
+
+
+def iter_json_parts(
+    file: BinaryIO, name: str, *, encoding: Encoding, count: RowCount, may_be_array: bool
+) -> Iterator[LineBlock | RawRow]:
+    """What `iter_json_rows` gives, but lines in blocks that are neither read nor counted yet."""
+    start = _read_start(file)
+    if not _is_lines(start, may_be_array=may_be_array):
+        yield from _iter_other(start, file, name, encoding=encoding, count=count, may_be_array=may_be_array)
+        return
+    data, line = b"".join(start), 1
+    while data:
+        data += file.read(BLOCK_BYTES)
+        if not data.endswith(b"\n"):
+            data += file.readline()
+        yield LineBlock(data=data, name=name, first_line=line, encoding=encoding)
+        line += data.count(b"\n")
+        data = file.readline()
+
+
+def read_block(block: LineBlock, count: RowCount) -> Iterator[RawRow]:
+    """Each row of a block, counted in `count`."""
+    lines = BytesIO(block.data)
+    yield from _parse_lines(lines, block.name, block.first_line, encoding=block.encoding, count=count)
+
+
+def _read_start(file: BinaryIO) -> list[bytes]:
+    """The first lines up to one that is not blank; nothing when there is none."""
+    start: list[bytes] = []
+    for line in file:
+        start.append(line)
+        if _bare(line, len(start)):
+            return start
+    return []
+
+
+def _bare(line: bytes, number: int) -> bytes:
+    """The line without what surrounds a value."""
+    return (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).strip()
+
+
+def _is_lines(start: list[bytes], *, may_be_array: bool) -> bool:
+    """Whether a file that begins so holds a value on each line."""
+    if not start:
+        return True
+    bare = _bare(start[-1], len(start))
+    return bare not in (b"[", b"{") and not (may_be_array and (bare.startswith(b"[") or _OPENS_DATA.match(bare)))
+
+
+def _iter_other(
+    start: list[bytes], file: BinaryIO, name: str, *, encoding: Encoding, count: RowCount, may_be_array: bool
+) -> Iterator[RawRow]:
+    """The rows of one array, or the problem of a value that is spread over several lines."""
+    if may_be_array:
+        data = b"\n" * (len(start) - 1) + start[-1] + file.read()
+        yield from _iter_whole(data, name, encoding=encoding, count=count)
+    else:
+        count.read += 1
+        yield unreadable(_spread_over_lines(_bare(start[-1], len(start)).decode(), f"{name}:{len(start)}"))
+
+
+def _parse_lines(
+    lines: Iterable[bytes], name: str, first_line: int, *, encoding: Encoding, count: RowCount
+) -> Iterator[RawRow]:
     reader = JsonReader()
-    first_row = True
-    for number, line in enumerate(file, start=1):
-        if first_row:
-            bare = (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).strip()
-            if not bare:
-                continue
-            if may_be_array and (bare.startswith(b"[") or bare == b"{" or _OPENS_DATA.match(bare)):
-                data = b"\n" * (number - 1) + line + file.read()
-                yield from _iter_whole(data, name, encoding=encoding, count=count)
-                return
-            if bare in (b"[", b"{"):
-                count.read += 1
-                yield unreadable(_spread_over_lines(bare.decode(), f"{name}:{number}"))
-                return
-            first_row = False
-        elif line.isspace():
+    for number, line in enumerate(lines, start=first_line):
+        if line.isspace() or (number == 1 and not _bare(line, 1)):
             continue
         count.read += 1
         yield _parse_line(line, name, number, encoding=encoding, reader=reader)
@@ -58,7 +130,7 @@ def _parse_line(line: bytes, name: str, number: int, *, encoding: Encoding, read
             raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         return unreadable(json_problem(error, source))
-    row = RawRow(source=source, value=value, marked=may_hold_placeholders(text))
+    row = RawRow(source=source, value=value, marked=may_hold_placeholders(text), text=text)
     if reader.repeated or reader.odd or needs_walk(text):
         row.problems = (*repeated_keys(reader.repeated, source), *find_odd_values(value, source))
     return row

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from ..errors import DataError, Problem
 from .checks import SameRows
+from .conversion import keep_rows
 from .near import NearIndex, Pair, group
 from .options import ReadOptions
 from .record import Record
 from .record_store import RowKeeper, select_rows
-from .records import take_records
+from .workers import Workers
 
 NEAR = 0.9
 """Inputs at least this much alike are kept on one side of the split."""
@@ -55,12 +56,25 @@ class Mixture:
 
 
 def read_mixture(
-    train: Sequence[SourceRows], dev: Sequence[SourceRows], *, seed: int, folder: Path | None = None
+    train: Sequence[SourceRows],
+    dev: Sequence[SourceRows],
+    *,
+    seed: int,
+    folder: Path | None = None,
+    workers: Workers | None = None,
 ) -> Mixture:
     """Read all sources; rows past the first `KEPT_IN_MEMORY` of them are laid aside in `folder`.
 
+    Args:
+        train: the sources to learn from.
+        dev: the sources to score on.
+        seed: of the choice of rows where a source has more than its limit.
+        folder: for many rows; by default the system's for passing files.
+        workers: read many rows; without them this process does.
+
     Raises DataError with every bad row of every file, or when the disk is full.
     """
+    workers = workers or Workers(1)
     problems: list[Problem] = []
     messages: list[str] = []
     left_out: list[str] = []
@@ -72,7 +86,7 @@ def read_mixture(
         for source in sources:
             start = len(keeper)
             try:
-                count = take_records(source.path, keeper.add, options=source.options)
+                count = keep_rows(source.path, keeper, options=source.options, workers=workers)
             except DataError as error:
                 messages.append(str(error).splitlines()[0])
                 problems.extend(error.problems)

@@ -27,6 +27,8 @@ class RawRow:
     """False where there is no value, only problems."""
     marked: bool = False
     """Whether one of its texts may hold a placeholder."""
+    text: str | None = None
+    """The JSON that the value was read from, where it was read from JSON."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,6 +41,12 @@ class RowCount:
     """Counted where records are handed out."""
     rejected: int = 0
     """Counted where problems are handed out: rows, not problems."""
+
+    def add(self, other: RowCount) -> None:
+        """Count the rows of another part of the same source as well."""
+        self.read += other.read
+        self.accepted += other.accepted
+        self.rejected += other.rejected
 
     def check(self) -> None:
         """Assert that no row was lost on the way: this is a promise to the user, and a bug of ours if broken."""

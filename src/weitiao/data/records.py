@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from weitiao.data.dataset_info import is_info_entry, read_info_entry
@@ -69,9 +69,14 @@ def take_records(
         if not problems:
             raise
         raise DataError(str(error), [*problems, *error.problems]) from error  # what was found before it still counts
+    refuse_problems(path, count, problems)
+    return count.accepted
+
+
+def refuse_problems(path: str | os.PathLike[str], count: RowCount, problems: Sequence[Problem]) -> None:
+    """Return when no row of the source has problems. Raises DataError with all of them."""
     if problems:
         raise DataError(f"{os.fspath(path)}: {count.rejected} of {count.read} rows cannot be used.", problems)
-    return count.accepted
 
 
 def iter_records_or_problems(
@@ -90,15 +95,7 @@ def iter_records_or_problems(
     """
     count = RowCount() if count is None else count
     converter = converter or RowConverter(path, require_target=require_target, options=options)
-    for row in iter_raw_rows(converter.path, converter.options, count):
-        converted = converter.convert(row)
-        if isinstance(converted, Record):
-            count.accepted += 1
-            yield converted
-        else:
-            assert converted, f"{row.source} is neither a record nor a problem"
-            count.rejected += 1
-            yield from converted
+    yield from converter.convert_all(iter_raw_rows(converter.path, converter.options, count), count)
     count.check()
 
 
@@ -148,6 +145,18 @@ class RowConverter:
             entry = read_info_entry(self.path)
             self.path = entry.path
             self.options = replace(self.options, format=options.format or entry.format, rename=entry.rename)
+
+    def convert_all(self, rows: Iterable[RawRow], count: RowCount) -> Iterator[Record | Problem]:
+        """The record of each row, or each of its problems; `count` counts which it was."""
+        for row in rows:
+            converted = self.convert(row)
+            if isinstance(converted, Record):
+                count.accepted += 1
+                yield converted
+            else:
+                assert converted, f"{row.source} is neither a record nor a problem"
+                count.rejected += 1
+                yield from converted
 
     def convert(self, row: RawRow) -> Record | list[Problem]:
         """The row's record, or all its problems: those of its text and those of its format."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -63,13 +64,14 @@ class ExampleWriter:
         self._examples, self._rows = self._examples[count:], self._rows[count:]
         if not examples:
             return
+        flags = [bytes(example.loss_mask) for example in examples]
         columns = [
             _lists([example.token_ids for example in examples]),
-            _lists([_stretches(example.loss_mask) for example in examples]),
-            pa.array([len(example) for example in examples], pa.int32()),
-            pa.array([example.num_supervised for example in examples], pa.int32()),
-            pa.array([example.num_answer for example in examples], pa.int32()),
-            pa.array(rows, pa.int32()),
+            _lists([_stretches(each) for each in flags]),
+            pa.array(array("i", map(len, flags)), pa.int32()),
+            pa.array(array("i", [each.count(1) for each in flags]), pa.int32()),
+            pa.array(array("i", [len(each) - 1 - each.rfind(0) for each in flags]), pa.int32()),
+            pa.array(array("i", rows), pa.int32()),
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
 
@@ -143,9 +145,9 @@ def _example(batch: Any, place: int) -> Example:
     return Example(token_ids=token_ids, loss_mask=(*mask, *[False] * (len(token_ids) - len(mask))))
 
 
-def _stretches(mask: Sequence[bool]) -> list[int]:
-    """Where the learnt stretches start and end: (False, True, True, False, True) → [1, 3, 4, 5]."""
-    flags, found = bytes(mask), []
+def _stretches(flags: bytes) -> list[int]:
+    """Where the learnt stretches start and end: b"\\0\\1\\1\\0\\1" → [1, 3, 4, 5]."""
+    found = []
     start = flags.find(1)
     while start >= 0:
         end = flags.find(0, start)
@@ -156,15 +158,11 @@ def _stretches(mask: Sequence[bool]) -> list[int]:
 
 
 def _lists(values: Sequence[Sequence[int]]) -> Any:
-    """An Arrow column of lists of numbers; a third of the time that pyarrow takes to find out what they are."""
-    flat, offsets = array("i"), array("i", [0])
-    for value in values:
-        flat.extend(value)
-        offsets.append(len(flat))
-    return pa.ListArray.from_arrays(
-        pa.Array.from_buffers(pa.int32(), len(offsets), [None, pa.py_buffer(offsets)]),
-        pa.Array.from_buffers(pa.int32(), len(flat), [None, pa.py_buffer(flat)]),
-    )
+    """An Arrow column of lists of numbers; a tenth of the time that pyarrow takes to find out what they are."""
+    offsets = np.zeros(len(values) + 1, dtype=np.int32)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    flat = np.fromiter(chain.from_iterable(values), dtype=np.int32, count=int(offsets[-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
 
 
 def _read_numbers(path: Path) -> dict[str, NDArray[np.int32]]:

@@ -109,13 +109,20 @@ def fit_rows(
     )
 
 
-def fit_chunk(start: int, records: Iterable[Record], tasks: Sequence[Task], how: Fitting) -> FittedChunk:
-    """The examples of `records`, of which the first stands at place `start` of the input; tokenised together."""
+def fit_chunk(
+    start: int, records: Iterable[Record], tasks: Sequence[Task], how: Fitting, *, as_written: Sequence[int] = ()
+) -> FittedChunk:
+    """The examples of `records`, of which the first stands at place `start` of the input; tokenised together.
+
+    `as_written` says of each whether its target is known to be the text that its task makes of it; empty: of none.
+    """
     rows = list(records)
     written: dict[tuple[int, str], str] = {}  # labels are written once for all the rows that have them
     talks = []
-    for record, task in zip(rows, tasks, strict=True):
-        answer = written.get((id(task), record.target)) if isinstance(record.target, str) else None
+    for record, task, is_written in zip(rows, tasks, as_written or [False] * len(tasks), strict=True):
+        answer = None
+        if isinstance(record.target, str):
+            answer = record.target if is_written else written.get((id(task), record.target))
         talk = conversation_of(record, task, answer)
         if isinstance(record.target, str) and not record.calls and task.form.labels:
             written[id(task), record.target] = talk.reply.text
