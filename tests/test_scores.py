@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weitiao.errors import DataError
+from weitiao.evaluate.metric_texts import METRICS
 from weitiao.evaluate.score import (
     PartScore,
     Prediction,
@@ -28,7 +29,7 @@ from weitiao.evaluate.score import (
     write_predictions,
 )
 from weitiao.tasks import extraction, labels
-from weitiao.tasks.base import Task, add_counts, prf
+from weitiao.tasks.base import LOWER_IS_BETTER, Task, add_counts, prf
 from weitiao.tasks.forms import AnswerForm, Field
 
 TRIPLES = Task(
@@ -189,6 +190,16 @@ def test_few_metrics_are_shown_first_and_every_metric_has_a_name(task: Task) -> 
     assert task.main_metrics[0] == task.primary_metric
     assert set(task.main_metrics) <= set(task.metric_names)
     assert len(set(task.main_metrics)) == len(task.main_metrics) <= 8
+
+
+def test_every_metric_has_words_for_people_and_a_row_on_the_page_of_metrics() -> None:
+    named = {name for task in (*ALL, PERSON, LABEL, STRINGS) for name in (*task.metric_names, *task.set_figures([]))}
+    assert named <= METRICS.keys()
+    assert {name for name, words in METRICS.items() if words.less_is_better} == LOWER_IS_BETTER
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    listed = [name.strip(" `") for row in rows for name in row.split(",")]
+    assert sorted(listed) == sorted(named)
 
 
 def test_only_text_has_figures_of_a_whole_set() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from weitiao.data.records import read_records
 from weitiao.errors import RecipeError
-from weitiao.evaluate.best import choose_figure
+from weitiao.evaluate.best import choose_figure, rehearse
 from weitiao.evaluate.prediction import Prediction
 from weitiao.evaluate.score import score_side
 from weitiao.evaluate.user_metrics import copy_metric_files, load_metrics, measure_rows
@@ -245,3 +246,17 @@ def test_a_task_without_rows_has_no_figure_to_choose_by() -> None:
     scores = score_side([prediction(CHAT, "a", "a", 1)], [TRIPLES, CHAT], resamples=0).scores
     with pytest.raises(RecipeError, match="the rows scored while training have no such figure"):
         choose_figure(scores, "triples.f1")
+
+
+def test_a_mistake_in_the_figure_or_in_a_function_shows_before_training(file: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"instruction": "Which?", "input": text, "output": label} for text, label in (("x", '["a"]'), ("y", "[]"))]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    records = read_records(rows)
+    assigned = [STRINGS, STRINGS]
+    rehearse(records, assigned, [STRINGS, CHAT])
+    rehearse(records, assigned, [STRINGS], best_by="lists.length", metrics=load_metrics([f"{file}:length"]))
+    with pytest.raises(RecipeError, match=r"'chat\.rouge_l', but the rows scored while training have no such figure"):
+        rehearse(records, assigned, [STRINGS, CHAT], best_by="chat.rouge_l")
+    with pytest.raises(RecipeError, match=r"divides of .* failed on 1 of 2 rows"):
+        rehearse(records, assigned, [STRINGS], metrics=load_metrics([f"{file}:divides"]))

@@ -1,4 +1,4 @@
-"""Which figure of a scoring chooses the best checkpoint."""
+"""Which figure of a scoring chooses the best checkpoint, tried before there is a model to score."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import get_args
 
+from ..data.records import Record
 from ..errors import RecipeError
 from ..tasks.base import LOWER_IS_BETTER, Task
 from ..tasks.forms import AnswerForm, Shape
-from .score import TaskScore, overall
+from .prediction import Prediction
+from .score import TaskScore, overall, score_side
+from .user_metrics import UserMetric, measure_rows
 
 OVERALL = "overall"
 
@@ -49,6 +52,50 @@ def choose_figure(scores: Sequence[TaskScore], best_by: str = OVERALL) -> float:
     return -value if turned else value
 
 
+def require_figure(best_by: str, tasks: Sequence[Task], own: Sequence[str] = ()) -> None:
+    """Raise RecipeError when `best_by` names no figure of these tasks: before training, not after the first epoch.
+
+    `own` are the names of the user's metrics; what figures these give is known only once they have run.
+    """
+    name = best_by.removeprefix("-")
+    figures = {f"{task.name}.{metric}" for task in tasks for metric in (*task.metric_names, *own)}
+    own_parts = tuple(f"{task.name}.{metric}." for task in tasks for metric in own)
+    if name != OVERALL and name not in figures and not (own and name.startswith(own_parts)):
+        known = ", ".join([OVERALL, *sorted(figures)])
+        raise RecipeError(f"evaluate.best_by is {best_by!r}, but the tasks have no such figure. Known: {known}.")
+
+
+def rehearse(
+    records: Sequence[Record],
+    assigned: Sequence[Task],
+    tasks: Sequence[Task],
+    *,
+    best_by: str = OVERALL,
+    metrics: Sequence[UserMetric] = (),
+) -> None:
+    """Score the labels as if they were answers, so that a mistake shows before training and not after its first epoch.
+
+    Args:
+        records: the labelled rows that are scored while training.
+        assigned: for each record, its task.
+        tasks: all tasks.
+        best_by: the figure that is to choose the best checkpoint.
+        metrics: the user's own.
+
+    Raises:
+        RecipeError: `best_by` names no figure of these rows, or a metric of the user's fails on one of them.
+    """
+    if best_by == OVERALL and not metrics:
+        return
+    labels = [
+        Prediction(source=record.source, task=task.name, prompt=record.prompt, gold=gold, answer=gold)
+        for record, task in zip(records, assigned, strict=True)
+        for gold in [task.write_target(record)]
+    ]
+    extra = measure_rows(metrics, labels, tasks, [record.raw for record in records]) if metrics else ()
+    choose_figure(score_side(labels, tasks, resamples=0, extra=extra).scores, best_by)
+
+
 def _signed(name: str, metric: str) -> str:
     return f"-{name}" if metric in LOWER_IS_BETTER else name
 
@@ -57,4 +104,4 @@ def _signed(name: str, metric: str) -> str:
 def _built_in() -> frozenset[str]:
     """The metrics that any task may have."""
     tasks = [Task(name=shape, form=AnswerForm(shape=shape)) for shape in get_args(Shape)]
-    return frozenset(name for task in tasks for name in task.metric_names)
+    return frozenset(name for task in tasks for name in (*task.metric_names, *task.set_figures([])))
