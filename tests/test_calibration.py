@@ -20,12 +20,12 @@ from weitiao.evaluate.calibration import (
     CALIBRATION_FILE,
     MIN_ROWS,
     Calibration,
+    FieldCalibration,
     RunCalibration,
     calibrate,
     calibrate_fields,
     calibrate_side,
-    expected_calibration_error,
-    reliability_bins,
+    field_name,
 )
 from weitiao.evaluate.confidence_curve import (
     METHODS,
@@ -36,12 +36,14 @@ from weitiao.evaluate.confidence_curve import (
     log_odds,
     pool_adjacent_violators,
 )
+from weitiao.evaluate.reliability import expected_calibration_error, reliability_bins
 from weitiao.evaluate.score import FieldConfidence, Prediction, row_scores
 from weitiao.tasks.base import Task
 from weitiao.tasks.forms import AnswerForm, Field
 
 TOPIC = Task(name="topic", form=AnswerForm(shape="label", labels=("手机", "水果")))
-FACTS = Task(name="facts", form=AnswerForm(shape="object list", fields=(Field(key="n", kind="string"),)))
+FIELDS = (Field(key="n", kind="string"), Field(key="kind", kind="string"))
+FACTS = Task(name="facts", form=AnswerForm(shape="object list", fields=FIELDS))
 GRID = np.linspace(0, 1, 501)
 
 
@@ -314,41 +316,62 @@ def test_a_side_is_calibrated_task_by_task_on_what_has_form_and_confidence() -> 
     assert made["topic"].method in ("temperature", "logistic")
 
 
-def test_values_are_calibrated_by_whether_the_gold_answer_holds_them() -> None:
+def fact_rows(count: int) -> list[Prediction]:
+    """Three facts each. A name is right as often as its confidence cubed says; its kind, of which the model is always
+    nearly certain, is right when the name is."""
     generator = np.random.default_rng(3)
     rows = []
-    for number in range(60):
-        names = [f"甲{number}", f"乙{number}", f"丙{number}"]
-        fields = []
-        given = []
-        for place, name in enumerate(names):
+    for number in range(1, count + 1):
+        gold = [{"n": f"{name}{number}", "kind": "人"} for name in "甲乙丙"]
+        given, fields = [], []
+        for place, fact in enumerate(gold):
             confidence = float(generator.random())
-            is_right = generator.random() < confidence**3
-            given.append({"n": name if is_right else f"错{place}"})
-            fields.append(FieldConfidence(path=f"[{place}].n", value=given[-1]["n"], confidence=confidence))
-        gold = FACTS.form.write([{"n": name} for name in names])
+            given.append(fact if generator.random() < confidence**3 else {"n": f"错{place}", "kind": "物"})
+            for key, sure in (("n", confidence), ("kind", 0.9999)):
+                fields.append(FieldConfidence(path=f"[{place}].{key}", value=given[-1][key], confidence=sure))
         rows.append(
             Prediction(
-                source=f"dev.jsonl:{number + 1}",
-                task="facts",
-                prompt="…",
-                gold=gold,
-                answer=FACTS.form.write(given),
-                fields=tuple(fields),
+                source=f"dev.jsonl:{number}", task="facts", prompt="…", gold=FACTS.form.write(gold),
+                answer=FACTS.form.write(given), fields=tuple(fields),
             )
-        )
-    rows += topic_rows(30)
+        )  # fmt: skip
+    return rows
+
+
+def test_values_are_calibrated_field_by_field_against_the_gold_answer() -> None:
+    rows = [*fact_rows(100), *topic_rows(30)]
     tasks = (FACTS, TOPIC)
     made = calibrate_fields(rows, row_scores(rows, tasks), tasks)
-    assert list(made) == ["facts"] and made["facts"].rows == 180
-    assert made["facts"].method != "none" and made["facts"].ece < made["facts"].uncalibrated_ece
-    assert made["facts"].apply(0.8) == pytest.approx(0.8**3, abs=0.12)
+    assert list(made) == ["facts"], "a label is its answer"
+    facts = made["facts"]
+    assert set(facts.by_field) == {"n", "kind"} and facts.every.rows == 600 and facts.by_field["n"].rows == 300
+    assert facts.apply("[0].n", 0.8) == pytest.approx(0.8**3, abs=0.1)
+    share_right = facts.by_field["kind"].num_right / 300
+    assert facts.apply("[7].kind", 0.9999) == pytest.approx(share_right, abs=0.03) and share_right < 0.4
+    assert facts.apply("[0].other", 0.5) == facts.every.apply(0.5)
+    joint = [facts.by_field[name] for name in ("n", "kind")]
+    assert sum(one.log_loss for one in joint) / 2 < facts.every.log_loss - 0.03
+
+
+def test_a_field_that_few_answers_hold_has_no_curve_of_its_own() -> None:
+    rows = fact_rows(MIN_ROWS - 1)
+    made = calibrate_fields(rows, row_scores(rows, (FACTS,)), (FACTS,))["facts"]
+    assert made.by_field == {} and made.every.note == "Not calibrated: 19 answers are too few, 20 are needed."
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("", ""), ("[12]", ""), ("[0].a", "a"), ("a[3].b[0]", "a.b"), ('[0]["x y"][1]', '["x y"]'), ("a.b", "a.b")],
+)
+def test_a_field_is_named_without_places_in_lists(path: str, name: str) -> None:
+    assert field_name(path) == name
 
 
 def test_calibrations_are_kept_with_a_run_and_read_back_equal(tmp_path: Path) -> None:
     answers = {truth: calibrate(*drawn(120, truth)) for truth in TRUTHS}
     answers["few"] = calibrate([0.5], [True])
-    kept = RunCalibration(answers=answers, fields={"facts": calibrate(*drawn(60, "steps"))})
+    steps = calibrate(*drawn(60, "steps"))
+    kept = RunCalibration(answers=answers, fields={"facts": FieldCalibration(every=steps, by_field={"n": steps})})
     assert {one.method for one in answers.values()} >= {"none", "temperature"}
     path = tmp_path / CALIBRATION_FILE
     kept.write(path)

@@ -9,7 +9,9 @@ Knows confidences and scores; knows nothing of models and tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +25,7 @@ from ..tasks.base import RowScore, Task
 from .abstain import AbstainRow, abstain_table
 from .confidence_curve import METHODS, Curve, Floats, Method, fit_curve, log_loss
 from .prediction import Prediction
+from .reliability import Bin, expected_calibration_error, reliability_bins
 from .right_values import right_values
 
 CALIBRATION_FILE = "calibration.json"
@@ -30,22 +33,10 @@ CALIBRATION_FILE = "calibration.json"
 MIN_ROWS = 20
 """Fewer answers calibrate nothing: a curve through them would follow chance."""
 NUM_FOLDS = 10
-MAX_BINS = 10
-MIN_ROWS_PER_BIN = 10
+
+_PLACE_IN_LIST = re.compile(r"\[\d+\]")
 
 Groups = npt.NDArray[np.int64]
-
-
-class Bin(NamedTuple):
-    """Answers of like confidence."""
-
-    low: float
-    high: float
-    """The lowest and the highest confidence in the bin."""
-    rows: int
-    mean_confidence: float
-    accuracy: float
-    """Share of them that is right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,17 +103,52 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FieldCalibration:
+    """The calibrations of the single values of a task's answers."""
+
+    every: Calibration
+    """Of all values together."""
+    by_field: Mapping[str, Calibration]
+    """Of the values of one field, by its name (`field_name`), where enough answers hold it. What a model writes first
+    it weighs; what follows from that it is nearly certain of, right or wrong: one curve cannot serve both."""
+
+    def apply(self, path: str, confidence: float) -> float:
+        """The calibrated confidence of the value at `path`: by the curve of its field, else by that of all values."""
+        return self.by_field.get(field_name(path), self.every).apply(confidence)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready copy; `from_json` reads it back equal."""
+        by_field = {name: one.to_json() for name, one in self.by_field.items()}
+        return {"every": self.every.to_json(), "by_field": by_field}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FieldCalibration:
+        """The calibrations that `to_json` wrote."""
+        by_field = {name: Calibration.from_json(one) for name, one in data["by_field"].items()}
+        return cls(every=Calibration.from_json(data["every"]), by_field=by_field)
+
+
+def field_name(path: str) -> str:
+    """The field that the value at `path` belongs to: the path without the places in lists.
+
+    >>> field_name("[3].subject"), field_name("skills[0]"), field_name("[1]")
+    ('subject', 'skills', '')
+    """
+    return _PLACE_IN_LIST.sub("", path).removeprefix(".")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunCalibration:
-    """What a run folder keeps: one calibration per task for whole answers, one for single values."""
+    """What a run folder keeps: for each task how its whole answers are calibrated, and how their values are."""
 
     answers: Mapping[str, Calibration] = field(default_factory=dict)
-    fields: Mapping[str, Calibration] = field(default_factory=dict)
+    fields: Mapping[str, FieldCalibration] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write `path` whole or not at all."""
         data = {
-            name: {task: one.to_json() for task, one in by_task.items()}
-            for name, by_task in (("answers", self.answers), ("fields", self.fields))
+            "answers": {task: one.to_json() for task, one in self.answers.items()},
+            "fields": {task: one.to_json() for task, one in self.fields.items()},
         }
         write_text(path, json.dumps(data, ensure_ascii=False, indent=2) + "\n")
 
@@ -131,15 +157,14 @@ class RunCalibration:
         """What `write` wrote to `path`. Raises RunError when there is no such file or it holds something else."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            parts = {
-                name: {task: Calibration.from_json(one) for task, one in data[name].items()}
-                for name in ("answers", "fields")
-            }
+            return cls(
+                answers={task: Calibration.from_json(one) for task, one in data["answers"].items()},
+                fields={task: FieldCalibration.from_json(one) for task, one in data["fields"].items()},
+            )
         except FileNotFoundError:
             raise RunError(f"There is no {path}. It is made when the run is evaluated on its dev rows.") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunError(f"{path} holds no calibration ({error}). Evaluate the run on its dev rows again.") from None
-        return cls(**parts)
 
 
 class WithConfidence(Protocol):
@@ -184,28 +209,55 @@ def calibrate_side(
 
 def calibrate_fields(
     predictions: Sequence[Prediction], row_scores: Sequence[RowScore], tasks: Sequence[Task]
-) -> dict[str, Calibration]:
-    """For each task whose answers hold several values, the calibration of single values, all fields together.
+) -> dict[str, FieldCalibration]:
+    """For each task whose answers hold several values, the calibrations of single values.
 
     A value is right when the gold answer holds it (right_values.py). The values of one answer stand or fall together,
     so they are never on both sides of a cross-validation. Only answers in the labelled form have values.
     """
-    found: dict[str, Calibration] = {}
+    found: dict[str, FieldCalibration] = {}
     for task in tasks:
         if task.form.shape in ("text", "label"):
             continue  # one value, which is the answer
-        confidences: list[float] = []
-        right: list[bool] = []
-        groups: list[int] = []
-        for number, (row, score) in enumerate(zip(predictions, row_scores, strict=True)):
-            if row.task == task.name and score.valid and row.fields:
-                is_right = right_values(task.form, task.form.parse(row.gold), row.answer)
-                confidences += [one.confidence for one in row.fields]
-                right += [is_right[one.path] for one in row.fields]
-                groups += [number] * len(row.fields)
-        if confidences:
-            found[task.name] = calibrate(confidences, right, groups=groups, things="values")
+        values = [
+            value
+            for number, (row, score) in enumerate(zip(predictions, row_scores, strict=True))
+            if row.task == task.name and score.valid and row.fields
+            for value in _tried_values(task, row, number)
+        ]
+        if values:
+            answers_with: dict[str, set[int]] = defaultdict(set)
+            for value in values:
+                answers_with[value.field].add(value.answer)
+            by_field = {
+                name: _calibrate_values([value for value in values if value.field == name])
+                for name, answers in answers_with.items()
+                if len(answers) >= MIN_ROWS
+            }
+            found[task.name] = FieldCalibration(every=_calibrate_values(values), by_field=by_field)
     return found
+
+
+class _TriedValue(NamedTuple):
+    field: str
+    answer: int
+    confidence: float
+    right: bool
+
+
+def _tried_values(task: Task, row: Prediction, number: int) -> Iterator[_TriedValue]:
+    right = right_values(task.form, task.form.parse(row.gold), row.answer)
+    for one in row.fields:
+        yield _TriedValue(field_name(one.path), number, one.confidence, right[one.path])
+
+
+def _calibrate_values(values: Sequence[_TriedValue]) -> Calibration:
+    return calibrate(
+        [value.confidence for value in values],
+        [value.right for value in values],
+        groups=[value.answer for value in values],
+        things="values",
+    )
 
 
 def _left_out(count: int, what: str) -> str:
@@ -296,32 +348,3 @@ def _cross_fit(method: Method, confidences: Floats, right: Floats, fold: Groups)
         mine = fold == number
         fitted[mine] = fit_curve(method, confidences[~mine], right[~mine]).apply(confidences[mine])
     return fitted
-
-
-# ---- reliability ----------------------------------------------------------------------------------------------
-
-
-def reliability_bins(confidences: Floats, right: Floats) -> tuple[Bin, ...]:
-    """Bins of as many answers each as can be, by rising confidence: ten, or fewer where that would be under ten each.
-
-    Answers of one confidence are never parted: which of them stood in which bin would be chance. So bins may differ in
-    size, and there may be fewer.
-    """
-    total = len(confidences)
-    num_bins = max(1, min(MAX_BINS, total // MIN_ROWS_PER_BIN))
-    _, which, counts = np.unique(confidences, return_inverse=True, return_counts=True)
-    middles = np.cumsum(counts) - counts / 2
-    bin_of = (middles * num_bins / total).astype(np.int64)[which]
-    bins = []
-    for number in np.unique(bin_of):
-        given, outcomes = confidences[bin_of == number], right[bin_of == number]
-        figures = (float(figure) for figure in (given.min(), given.max(), given.mean(), outcomes.mean()))
-        low, high, mean, accuracy = figures
-        bins.append(Bin(low, high, len(given), mean, accuracy))
-    return tuple(bins)
-
-
-def expected_calibration_error(bins: Sequence[Bin]) -> float:
-    """The mean distance between confidence and share right over the bins, each weighing as many answers as it has."""
-    total = sum(one.rows for one in bins)
-    return sum(one.rows * abs(one.mean_confidence - one.accuracy) for one in bins) / total

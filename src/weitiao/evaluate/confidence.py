@@ -83,9 +83,9 @@ def _is_surely_string(form: AnswerForm, span: ValueSpan) -> bool:
     kinds = {field.key: field.kind for field in form.fields}
     match span.steps[1:] if form.shape == "object list" else span.steps:
         case [str(key)]:
-            return kinds[key] == "string"
+            return kinds.get(key) == "string"
         case [str(key), int()]:
-            return kinds[key] == "list of strings"
+            return kinds.get(key) == "list of strings"
         case _:
             return form.shape in ("label list", "string list")
 

@@ -64,7 +64,7 @@ class _Open:
 
 
 def value_spans(form: AnswerForm, text: str) -> tuple[ValueSpan, ...]:
-    """The values of the answer `text` in the order they are written; none for a list without items.
+    """The values of the answer `text` in the order they are written; none where the answer is empty.
 
     Lists and objects inside a field are entered, so that each of their values has a place of its own; an empty one is
     a value itself, since a field can say "nothing" too.
@@ -88,7 +88,7 @@ def _blank_end(text: str, start: int) -> int:
 
 
 def _leaves(text: str, place: int) -> Iterator[ValueSpan]:
-    """The values inside the JSON list or object at `place`, which is known to be whole."""
+    """The values inside the JSON value at `place`, which is known to be whole."""
     opened: list[_Open] = []  # a stack, not recursion: the C scanner behind `parse` goes deeper than Python may
     steps: tuple[Step, ...] = ()
     while True:
@@ -98,7 +98,7 @@ def _leaves(text: str, place: int) -> Iterator[ValueSpan]:
             place = inside
         else:
             value, end = _DECODER.raw_decode(text, place)
-            if opened:
+            if opened or not isinstance(value, list | dict):
                 yield ValueSpan(steps=steps, value=value, start=place, end=end)
             place = _skip(text, end)
             while opened and text[place] != ",":
