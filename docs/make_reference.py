@@ -97,7 +97,8 @@ def _value(entry: Schema) -> str:
     if entry["type"] == "array":
         return f"list of {_value(entry['items'])}"
     if "additionalProperties" in entry:
-        return f"{_value(entry['additionalProperties'])} by name"
+        inner = entry["additionalProperties"]
+        return f"{'anything' if inner is True else _value(inner)} by name"
     bounds = [f"{sign} {entry[key]:g}" for key, sign in _BOUNDS if key in entry]
     return " ".join([_KINDS[entry["type"]], ", ".join(bounds)]).strip()
 

@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .cache import cache_folder
 from .data.mixture import Mixture, SourceRows, hold_out, read_mixture
@@ -19,11 +19,12 @@ from .data.options import ReadOptions
 from .data.record_store import select_rows
 from .data.records import Record, digest_records
 from .data.workers import Workers
-from .errors import DataError, Problem, RecipeError
+from .errors import DataError, Problem
 from .recipe import Data, DeclaredTask, Recipe, Source
 from .tasks.answers import find_misfit
 from .tasks.base import Task, assign_task, infer_tasks
-from .tasks.forms import AnswerForm, Field
+from .tasks.declared import declared_form
+from .tasks.forms import AnswerForm
 from .tasks.review import Review, describe_stratum
 
 SAMPLED_ROWS = 20_000
@@ -182,7 +183,7 @@ def merge_tasks(inferred: Sequence[Task], declared: Sequence[DeclaredTask]) -> t
         known = by_name.get(entry.name)
         by_name[entry.name] = Task(
             name=entry.name,
-            form=_declared_form(entry, known.form if known is not None and known.form.shape == entry.shape else None),
+            form=_declared_form(entry, None if known is None else known.form),
             wordings=entry.wordings or (known.wordings if known is not None else ()),
         )
     return tuple(by_name.values())
@@ -190,21 +191,20 @@ def merge_tasks(inferred: Sequence[Task], declared: Sequence[DeclaredTask]) -> t
 
 def _declared_form(entry: DeclaredTask, known: AnswerForm | None) -> AnswerForm:
     """The form a user declared, resting on the inferred one for what was left out."""
-    form = known or AnswerForm(shape=entry.shape)
-    if entry.keys:
-        fields = {field.key: field for field in form.fields}
-        anything = "boolean|list|list of strings|null|number|object|string"
-        form = replace(form, fields=tuple(fields.get(key, Field(key=key, kind=anything)) for key in entry.keys))
-    if entry.labels:
-        form = replace(form, labels=tuple(sorted(entry.labels)))
-    if entry.fence is not None:
-        fence = (f"```{entry.fence}\n", "\n```") if entry.fence else ("", "")
-        form = replace(form, fence_open=fence[0], fence_close=fence[1])
-    lacks_keys = entry.shape in ("object", "object list") and not form.fields
-    if lacks_keys or (entry.shape in ("label", "label list") and not form.labels):
-        missing = "keys" if lacks_keys else "labels"
-        raise RecipeError(f"tasks: {entry.name} of shape {entry.shape!r} needs {missing}: list them in the recipe.")
-    return form
+    return declared_form(
+        entry.name,
+        known,
+        shape=entry.shape,
+        keys=entry.keys,
+        labels=entry.labels,
+        json_schema=entry.json_schema,
+        regex=entry.regex,
+        lark=entry.lark,
+        fence=entry.fence,
+        min_items=entry.min_items,
+        max_items=entry.max_items,
+        ground=entry.ground,
+    )
 
 
 def describe_wordings(task: Task, limit: int = 3) -> str:

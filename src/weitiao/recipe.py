@@ -127,13 +127,27 @@ class DeclaredTask(Part):
     """A task declared by hand instead of inferred from the labels."""
 
     name: str = Field(description="Name of the task, as in the rows' task field or as inferred.")
-    shape: Literal["object list", "object", "label list", "string list", "label", "text"] = Field(
+    shape: Literal["object list", "object", "label list", "string list", "label", "text"] | None = Field(
+        None,
         description="What an answer is: a list of objects, one object, a list of labels, a list of any strings, one "
-        "label, or free text."
+        "label, or free text. Left out: an object where keys are given, one label where labels are, else as inferred.",
     )
     keys: tuple[str, ...] = Field((), description="Keys of the objects, in order.")
-    labels: tuple[str, ...] = Field((), description="The closed set of labels.")
+    labels: tuple[str, ...] = Field((), description="The closed set of labels, the choices.")
+    json_schema: dict[str, Any] | str | None = Field(
+        None, description="A JSON Schema that answers follow: written out here, or the path of a .json file."
+    )
+    regex: str | None = Field(None, min_length=1, description="A regular expression that the whole answer matches.")
+    lark: str | None = Field(
+        None, min_length=1, description="A Lark grammar, in llguidance's dialect, that the whole answer follows."
+    )
     fence: str | None = Field(None, description="Language of the code fence around the JSON, such as json.")
+    min_items: int | None = Field(None, ge=0, description="Fewest items of a list. Left out: as the labels show.")
+    max_items: int | None = Field(None, ge=1, description="Most items of a list. Left out: as the labels show.")
+    ground: bool = Field(
+        True,
+        description="Whether values that all labels copy from the text must be copied from the text in answers too.",
+    )
     wordings: tuple[str, ...] = Field((), description="Questions by which rows of this task are recognised.")
 
 

@@ -70,7 +70,7 @@ def field_confidences(form: AnswerForm, text: str, tokens: Sequence[Token]) -> t
 
 def _decided(form: AnswerForm, span: ValueSpan) -> tuple[int, int]:
     """The characters that decide what the value is: the first of them, and the place behind the last."""
-    if form.shape in ("text", "label"):
+    if form.is_plain:
         return span.start, span.end + 1
     if isinstance(span.value, str):
         return span.start + _is_surely_string(form, span), span.end

@@ -138,6 +138,8 @@ def describe_answer(form: AnswerForm, language: Language = "zh") -> str:
     words = _WORDS[language]
     if form.shape == "text":
         return ""
+    if form.definition:
+        return f"{words.form}\n{form.fence_open}{form.definition}{form.fence_close}"
     if form.shape == "label":
         return words.label.format(labels=_join(form.labels, words))
     fenced = words.fenced if form.fence_open else ""

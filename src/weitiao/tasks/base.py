@@ -35,6 +35,9 @@ _KIND_OF_SHAPE: Mapping[Shape, Kind] = {
     "string list": "extraction",
     "label": "labels",
     "text": "text",
+    "json": "extraction",
+    "pattern": "text",
+    "grammar": "text",
 }
 
 LOWER_IS_BETTER = frozenset({"repetition", "looping"})

@@ -104,7 +104,7 @@ def _shortest(candidates: Sequence[_Candidate], *, least: int) -> list[_Candidat
 
 
 def _what_it_shows(answer: Answer, form: AnswerForm) -> list[tuple[str, ...]]:
-    if form.shape == "text":
+    if form.shape in ("text", "json", "pattern", "grammar"):
         return []
     if form.shape == "label":
         return [("label", answer)]

@@ -1,14 +1,17 @@
 """What an answer states, as facts that can be compared: triples, entities, list items, attributes.
 
 A fact of a list of objects is the tuple of its content fields; "typed" facts add the ``…_type`` fields. A fact of a
-list of strings is a string. A fact of one object of attributes is a (key, value) pair. Absence is no fact: null, an
-empty text, an empty list, and the placeholder that the labels have for "not in the text".
+list of strings is a string. A fact of one object of attributes is a (key, value) pair, one of any other JSON a (path,
+value) pair. Absence is no fact: null, an empty text, an empty list, and the placeholder that the labels have for "not
+in the text".
 
 Every fact has a name of its kind, where the form has one: the predicate of a triple, the type of an entity, the key of
 an attribute.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 
 from .forms import Answer, AnswerForm
 
@@ -28,6 +31,8 @@ def facts(form: AnswerForm, answer: Answer, *, typed: bool) -> set[Fact]:
         }
     if form.shape == "string list":
         return {(item,) for item in answer}
+    if form.shape == "json":
+        return set(_leaves(answer, ""))
     return {tuple(str(item[key]) for key in fact_keys(form, typed=typed)) for item in answer}
 
 
@@ -68,6 +73,18 @@ def type_places(form: AnswerForm) -> frozenset[int]:
     if form.shape != "object list":
         return named
     return named | {n for n, key in enumerate(fact_keys(form, typed=True)) if key.endswith("_type")}
+
+
+def _leaves(answer: Answer, path: str) -> Iterator[Fact]:
+    """The values inside an answer of any shape, each with the keys that lead to it; places in lists do not count."""
+    if isinstance(answer, Mapping):
+        for key, value in answer.items():
+            yield from _leaves(value, f"{path}.{key}" if path else key)
+    elif isinstance(answer, list):
+        for item in answer:
+            yield from _leaves(item, f"{path}[]")
+    elif not _is_absent(answer, None):
+        yield (path, str(answer))
 
 
 def _values(value: Answer) -> list[Answer]:

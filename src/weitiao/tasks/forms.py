@@ -31,9 +31,11 @@ from .fields import Field as Field
 from .fields import infer_field, infer_fields
 from .fields import is_closed_set as is_closed_set
 from .fields import kind_of as kind_of
+from .rules import check_text
+from .schema import ordered, validate
 from .strict_json import loads
 
-Shape = Literal["object list", "object", "label list", "string list", "label", "text"]
+Shape = Literal["object list", "object", "label list", "string list", "label", "text", "json", "pattern", "grammar"]
 
 _FENCE = re.compile(r"\A(?P<open>```[A-Za-z0-9_-]*\r?\n)(?P<body>.*?)(?P<close>(?:\r?\n)?```)\Z", re.DOTALL)
 
@@ -89,6 +91,16 @@ class AnswerForm:
     """Whether one label list may hold an item twice; false when no labelled list does."""
     item: Field | None = None
     """What the strings of a string list are like; its key is empty."""
+    definition: str = ""
+    """The user's own description of an answer: the JSON text of a JSON Schema for the shape json, a regular
+    expression for pattern, a Lark grammar for grammar."""
+    ground: bool = True
+    """Whether fields whose labels are copied from the text must be copied in answers too."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether an answer is plain text rather than JSON."""
+        return self.shape in ("text", "label", "pattern", "grammar")
 
     # ---- inferring -------------------------------------------------------------------------------------------
 
@@ -138,7 +150,7 @@ class AnswerForm:
             FormError: `answer` does not fit the form.
         """
         self._check(answer)
-        if self.shape in ("text", "label"):
+        if self.is_plain:
             return str(answer)
         return f"{self.fence_open}{self.style.dumps(self._ordered(answer))}{self.fence_close}"
 
@@ -154,6 +166,9 @@ class AnswerForm:
             label = text if text in self.labels else text.strip()
             self._check_label(label)
             return label
+        if self.is_plain:
+            self._check(text)
+            return text
         body = self._unfence(text.strip())
         try:
             answer = loads(body)
@@ -172,7 +187,7 @@ class AnswerForm:
         """
         if isinstance(target, str):
             return self.parse(target)
-        if self.shape in ("text", "label"):
+        if self.is_plain:
             raise FormError(
                 f"The target is a JSON {kind_of(target)}, but the other targets of its task are plain text."
             )
@@ -197,15 +212,20 @@ class AnswerForm:
             return {field.key: answer[field.key] for field in self.fields}
         if self.shape == "object list":
             return [{field.key: item[field.key] for field in self.fields} for item in answer]
-        return answer
+        return ordered(self.definition, answer) if self.shape == "json" else answer
 
     def _check(self, answer: Answer) -> None:
         """Raise FormError unless `answer` has this form."""
-        if self.shape in ("text", "label"):
+        if self.is_plain:
             if not isinstance(answer, str):
                 raise FormError(f"The answer must be plain text but is a JSON {kind_of(answer)}.")
             if self.shape == "label":
                 self._check_label(answer)
+            if self.shape in ("pattern", "grammar"):
+                check_text(self.shape, self.definition, answer)
+            return
+        if self.shape == "json":
+            validate(self.definition, answer)
             return
         if self.shape == "object":
             self._check_object(answer, where="The answer")
@@ -249,6 +269,10 @@ class AnswerForm:
         fence = " in a code fence" if self.fence_open else ""
         if self.shape == "text":
             return "free text"
+        if self.shape in ("json", "pattern", "grammar"):
+            what = {"json": "JSON", "pattern": "text", "grammar": "text"}[self.shape]
+            rule = {"json": "the schema", "pattern": "the pattern", "grammar": "the grammar"}[self.shape]
+            return f"{what}{fence} that follows {rule} {' '.join(self.definition.split())}"
         if self.shape == "string list":
             return f"a JSON list{fence} of {self._bounds()} string(s)"
         if self.shape in ("label", "label list"):

@@ -2,8 +2,9 @@
 
 `form_grammar` returns text in llguidance's dialect of Lark; this module imports no engine and knows no tokens. The
 grammar accepts the one spelling that the labels have: their fence, separators, indentation, key order and escapes.
-There is no free white space in it, and every list, string and number has a greatest length, so no answer goes on
-without end. What the grammar accepts, `AnswerForm.parse` reads and `AnswerForm.write` writes back byte for byte.
+There is no free white space in it, and every list, string and number has a greatest length (where no label shows one,
+that of `schema.py`), so no answer goes on without end. What the grammar accepts, `AnswerForm.parse` reads and
+`AnswerForm.write` writes back byte for byte; only the numbers of a user's own JSON Schema may be spelled otherwise.
 
     >>> form = AnswerForm(shape="label list", labels=("a", "b"), min_items=1, max_items=1)
     >>> print(form_grammar(form))
@@ -13,6 +14,7 @@ without end. What the grammar accepts, `AnswerForm.parse` reads and `AnswerForm.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,11 +22,9 @@ from ..errors import FormError
 from . import lexemes
 from .fields import MAX_LABELS, Bounds, Field
 from .forms import AnswerForm, JsonStyle
+from .rules import rule_of_pattern
+from .schema import MAX_ITEMS, MAX_LENGTH, rule_of_schema
 
-MAX_ITEMS = 64
-"""Longest list where no label shows how long lists are."""
-MAX_LENGTH = 1_000
-"""Longest string, in characters, where no label shows how long strings are."""
 MAX_DEPTH = 3
 """Deepest nesting of lists and objects where no label shows one."""
 LEAST_SLACK = 16
@@ -46,7 +46,11 @@ def form_grammar(form: AnswerForm, text: str = "", *, ground: bool = True) -> st
     """
     if form.shape == "text":
         return None
-    writer = _Writer(style=form.style, text=text if ground else None)
+    if form.shape == "pattern":
+        return rule_of_pattern(form.definition)
+    if form.shape == "grammar":
+        return form.definition
+    writer = _Writer(style=form.style, text=text if ground and form.ground else None)
     body = _body(form, writer)
     if body is None:
         keys = ", ".join(one.key for one in form.fields if one.copied) or "a string"
@@ -62,6 +66,10 @@ def form_grammar(form: AnswerForm, text: str = "", *, ground: bool = True) -> st
 def _body(form: AnswerForm, writer: _Writer) -> str | None:
     """The answer without its fence; None when the text allows none."""
     most = form.max_items or MAX_ITEMS
+    if form.shape == "json":
+        separators = {"item_separator": form.style.item_separator, "key_separator": form.style.key_separator}
+        schema = json.loads(form.definition)
+        return writer.rule(rule_of_schema(schema, **separators, ensure_ascii=form.style.ensure_ascii), "answer")
     if form.shape == "label":
         return writer.terminal(lexemes.one_of(form.labels))
     if form.shape == "object":

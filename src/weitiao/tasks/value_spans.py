@@ -73,7 +73,7 @@ def value_spans(form: AnswerForm, text: str) -> tuple[ValueSpan, ...]:
         FormError: `text` is not an answer of this form.
     """
     answer = form.parse(text)
-    if form.shape in ("text", "label"):
+    if form.is_plain:
         start = 0 if answer == text else _blank_end(text, 0)
         return (ValueSpan(steps=(), value=answer, start=start, end=start + len(answer)),)
     start = _blank_end(text, 0)
