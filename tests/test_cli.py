@@ -32,6 +32,8 @@ VERBS = {
     "train": "Ctrl-C saves and leaves, twice leaves at once",
     "evaluate": "Score the tuned model against its base model",
     "predict": "Answer every row with the tuned model",
+    "compare": "better than A by more than chance",
+    "prompt": "without training",
     "import-chats": "every message is accounted for",
     "check-leaks": "Count which secrets of a chat log",
     "schema": "JSON Schema of recipes",
@@ -197,7 +199,7 @@ def test_training_leaves_every_file_of_a_run(work: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         "adapter", "best", "checkpoints", "contract.json", "curve.png", "data.json", "environment.json",
-        "metrics.jsonl", "recipe.yaml",
+        "label_counts.json", "metrics.jsonl", "recipe.yaml",
     }  # fmt: skip
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= {
         path.name for path in (run / "adapter").iterdir()

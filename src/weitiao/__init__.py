@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # verbs
-    from .apply import evaluate_run, open_run, predict_file
+    from .apply import open_run, predict_file
 
     # what a run leaves behind
     from .contract import Contract
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import WeitiaoError
     from .evaluate.report import Report
     from .evaluate.score import score_predictions
+    from .evaluation import evaluate_run
     from .init import init_recipe
     from .messages import Message
     from .models.families import OpenModel, open_model
@@ -43,7 +44,7 @@ _HOMES = {
     "load_recipe": ".recipe",
     "make_recipe": ".recipe",
     "tune_model": ".tune",
-    "evaluate_run": ".apply",
+    "evaluate_run": ".evaluation",
     "predict_file": ".apply",
     # rows and tasks
     "Record": ".data.records",

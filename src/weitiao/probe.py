@@ -22,12 +22,14 @@ from .check.examine import Subject
 from .check.plan import Forecast, Memory, Plan, Times, Workload, memory_finding
 from .data.findings import by_grade
 from .data.order import step_rows
+from .dev_scoring import scoring_bytes
 from .errors import RecipeError
 from .generate.chat import reply_all
 from .generate.engine import Sampling
 from .models.adapters import base_model
 from .models.families import default_device, weight_bytes
 from .models.sources import model_folder
+from .preparation import Prepared, prepare
 from .recipe import Recipe, Train
 from .render.example_store import lengths_of
 from .train.batches import make_probe
@@ -36,7 +38,6 @@ from .train.memory import limit_bytes, peak_bytes
 from .train.model import check_head
 from .train.plan import COMPILE_SECONDS, COMPILED_SPEEDUP, later_bytes, make_plan, may_compile, will_compile
 from .train.step import Setup, pass_sizes, set_up, step_batches, take_step
-from .tune import Prepared, prepare, scoring_bytes
 
 _NEW_TOKENS = 5
 """Tokens that the probe generates in each row but one: four steps are timed."""

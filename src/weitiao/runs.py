@@ -42,6 +42,8 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.contract = self.path / "contract.json"
         self.evaluations = self.path / "evaluations"
+        self.label_counts = self.path / "label_counts.json"
+        self.neighbours = self.path / "neighbours.jsonl"
 
     @classmethod
     def create(cls, path: str | Path, *, resume: bool) -> RunFolder:

@@ -77,6 +77,7 @@ def predict_rows(
     path: Path,
     *,
     key: str,
+    finish: Callable[[dict[str, Any]], dict[str, Any]] = lambda line: line,
     on_reply: OnReply | None = None,
 ) -> list[dict[str, Any]]:
     """Answer every record; `path` then holds one JSON line per record, in order.
@@ -90,6 +91,7 @@ def predict_rows(
         tasks: for each record, its task.
         path: the file of predictions.
         key: identifies model, data and decoding; partial answers made under another key are thrown away.
+        finish: makes of each line what the file holds; what it adds may differ between the sittings of one `key`.
         on_reply: told of the progress.
 
     Returns:
@@ -112,7 +114,7 @@ def predict_rows(
                 stream.flush()
                 if on_reply is not None:
                     on_reply(len(done), len(records))
-    lines = [done[place] for place in range(len(records))]
+    lines = [finish(done[place]) for place in range(len(records))]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     partial.unlink()
     return lines
@@ -120,7 +122,8 @@ def predict_rows(
 
 def read_reply(record: Record, task: Task, reply: Reply) -> dict[str, Any]:
     """The line of a file of predictions that says what `reply` is worth as an answer to `record`."""
-    answer, reason, confidence, fields = None, reply.refusal, None, ()
+    answer, reason, confidence = None, reply.refusal, None
+    fields: tuple[FieldConfidence, ...] = ()
     if not reason:
         try:
             answer = task.form.parse(reply.text)

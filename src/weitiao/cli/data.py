@@ -1,92 +1,31 @@
-"""The command line: each verb parses its arguments, makes one library call and prints the result.
-
-Libraries that load torch are imported inside the verbs that need them, so that `check` answers in a blink.
-"""
+"""Verbs about rows: init, check, show, import-chats, check-leaks, schema. Torch is loaded by `check --plan` alone."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from .data.formats import FORMATS
-from .data.reading import Said
-from .errors import DataError, WeitiaoError
-
-app = typer.Typer(
-    name="weitiao",
-    help="Fine-tune open language models on your own labelled rows; the tuned model answers in their form.\n\n"
-    "A first run: weitiao init rows.jsonl --model starter, then weitiao train recipe.yaml, "
-    "then weitiao evaluate runs/rows.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+from ..data.formats import FORMATS
+from ..errors import DataError
+from .base import (
+    FileEncoding,
+    Overrides,
+    Prompt,
+    RecipeArgument,
+    RowFormatName,
+    Sheet,
+    System,
+    app,
+    err,
+    out,
+    reporting_errors,
+    said_of,
+    summary_of,
 )
-# Rows' texts, labels and paths are printed as they are: "[b]" is no markup, ":cat:" no emoji.
-out = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
-err = Console(markup=False, emoji=False, highlight=False, stderr=True)  # shows progress bars, which need the width
-
-RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, as written by: weitiao init")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes to the recipe, such as train.epochs=5 name=second-try")
-]
-RunArgument = Annotated[Path, typer.Argument(help="A finished run, such as runs/rows")]
-BaseModel = Annotated[
-    str | None, typer.Option("--base-model", help="Where the base model lies now, if it was moved since training.")
-]
-RowFormatName = Annotated[
-    str | None, typer.Option("--format", help="Name of the rows' format; by default told from the rows.")
-]
-Prompt = Annotated[
-    str | None,
-    typer.Option(help='How a question is written from a row\'s fields, such as "Which class?\\n\\n{text}".'),
-]
-System = Annotated[str | None, typer.Option(help="The system message of rows that have none.")]
-Encoding = Literal["utf-8", "gb18030"]
-FileEncoding = Annotated[Encoding, typer.Option(help="Of text files; gb18030 also reads GBK and GB2312.")]
-Sheet = Annotated[str | None, typer.Option(help="Name of a spreadsheet's sheet; by default the first.")]
-
-MAX_PROBLEMS = 200
-"""Problems printed at most; the count is always whole."""
-
-
-@contextmanager
-def _reporting_errors() -> Iterator[None]:
-    """Print a user's error as its sentence and leave with code 2; Ctrl-C leaves with code 130."""
-    try:
-        yield
-    except DataError as error:
-        err.print(_summary(error), style="bold red", soft_wrap=True)
-        for problem in error.problems[:MAX_PROBLEMS]:
-            err.print(f"  {problem}", soft_wrap=True)
-        if len(error.problems) > MAX_PROBLEMS:
-            err.print(f"  … and {len(error.problems) - MAX_PROBLEMS} more.")
-        raise typer.Exit(2) from None
-    except WeitiaoError as error:
-        err.print(str(error), style="bold red", soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        err.print("Stopped.")
-        raise typer.Exit(130) from None
-
-
-def _summary(error: DataError) -> str:
-    """What `error` says before its list of problems: one sentence, or one for each file that cannot be used."""
-    return str(error).removesuffix("".join(f"\n  {problem}" for problem in error.problems))
-
-
-def _said(
-    row_format: str | None, prompt: str | None, system: str | None, encoding: Encoding, sheet: str | None
-) -> Said:
-    """What the options say of a file of rows; a shell's \\n in a prompt is a line end."""
-    prompt = prompt.replace("\\n", "\n") if prompt is not None else None
-    return Said(format=row_format, prompt=prompt, system=system, encoding=encoding, sheet=sheet)
 
 
 @app.command(
@@ -115,10 +54,10 @@ def init(
     sheet: Sheet = None,
 ) -> None:
     """Look at rows and write a recipe; the help above names the formats that the table knows."""
-    from .init import describe_tasks, init_recipe
+    from ..init import describe_tasks, init_recipe
 
-    with _reporting_errors():
-        said = _said(row_format, prompt, system, encoding, sheet)
+    with reporting_errors():
+        said = said_of(row_format, prompt, system, encoding, sheet)
         filled = {name: text or None for name, _, text in (word.partition("=") for word in placeholder or ())}
         draft = init_recipe(
             rows, model=model, dev=dev or (), said=said, placeholders=filled, out=output, overwrite=force
@@ -162,14 +101,14 @@ def check(
     Of several files those named dev, valid, test or eval are scored on.
     Ends with code 0 when the data can be trained on, 1 when it has errors, 2 when it cannot be read.
     """
-    from .check.examine import check_subject, find_subject
+    from ..check.examine import check_subject, find_subject
 
-    with _reporting_errors():
+    with reporting_errors():
         try:
             subject = find_subject(what)
             checkup = check_subject(subject, max_length=max_length)
             if plan:
-                from .probe import add_forecast
+                from ..probe import add_forecast
 
                 checkup = add_forecast(subject, checkup)
                 if checkup.plan is None or checkup.plan.forecast is None:
@@ -179,21 +118,21 @@ def check(
                 found = [
                     {"source": p.source, "field": p.field, "message": p.message, "fix": p.fix} for p in error.problems
                 ]
-                print(json.dumps({"ok": False, "message": _summary(error), "problems": found}, ensure_ascii=False))
+                print(json.dumps({"ok": False, "message": summary_of(error), "problems": found}, ensure_ascii=False))
             raise
         if as_json:
             print(json.dumps(checkup.to_json(), ensure_ascii=False))
         else:
-            from .check.terminal import print_checkup
+            from ..check.terminal import print_checkup
 
             print_checkup(checkup, out)
         if html is not None:
-            from .check.page import write_page
+            from ..check.page import write_page
 
             write_page(checkup, html)
             err.print(f"Wrote {html}.")
         if fix is not None:
-            from .check.fix import describe_changes, mend_files
+            from ..check.fix import describe_changes, mend_files
 
             for mended in mend_files(subject, checkup, fix):
                 done = f"{mended.rows} rows, {describe_changes(mended)}; listed in {mended.list_of_changes}"
@@ -209,112 +148,26 @@ def show(
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="How many examples of each task.")] = 3,
 ) -> None:
     """Show rendered examples: grey is what the model reads, green is what it learns to write."""
-    from .dataset import load_dataset
-    from .models.families import open_renderer
-    from .recipe import load_recipe
-    from .render.fitting import render_record
-    from .render.preview import colour_example
+    from ..dataset import load_dataset
+    from ..models.families import open_renderer
+    from ..recipe import load_recipe
+    from ..render.fitting import render_record
+    from ..render.preview import colour_example
 
-    with _reporting_errors():
+    with reporting_errors():
         loaded = load_recipe(recipe, overrides or ())
         dataset = load_dataset(loaded)
         renderer = open_renderer(loaded.model.path)
+        if loaded.data.retrieve:
+            from ..lookup import look_up
+
+            dataset, _, _ = look_up(loaded, dataset, renderer)
         for task in dataset.tasks:
             rows = [record for record, its in zip(dataset.train, dataset.train_tasks, strict=True) if its is task]
             for record in rows[:number]:
                 for example in render_record(record, task, renderer, turns=loaded.data.turns):
                     out.rule(f"{task.name} · {record.source} · {len(example)} tokens, {example.num_supervised} learnt")
                     out.print(colour_example(example, renderer))
-
-
-@app.command()
-def train(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-) -> None:
-    """Tune the model; the result goes to runs/NAME. Ctrl-C saves and leaves, twice leaves at once."""
-    from .recipe import load_recipe
-
-    with _reporting_errors():
-        loaded = load_recipe(recipe, overrides or ())
-        from .dataset import load_dataset
-
-        dataset = load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
-        from .check.examine import check_recipe
-        from .check.terminal import print_briefly
-
-        print_briefly(check_recipe(loaded, str(recipe)), err)
-        from .tune import tune_model
-
-        tune_model(loaded, resume=resume, console=err, dataset=dataset)
-
-
-@app.command()
-def evaluate(
-    run: RunArgument,
-    data: Annotated[
-        str | None, typer.Option(help="Another file of labelled rows; by default the run's dev rows.")
-    ] = None,
-    base: Annotated[
-        bool | None,
-        typer.Option("--base/--no-base", help="Score the base model as well; by default as the recipe says."),
-    ] = None,
-    base_model: BaseModel = None,
-    row_format: RowFormatName = None,
-    prompt: Prompt = None,
-    system: System = None,
-    encoding: FileEncoding = "utf-8",
-    sheet: Sheet = None,
-) -> None:
-    """Score the tuned model against its base model, task by task; write JSON, Markdown and an HTML page.
-
-    The rows of --data are asked as the rows that the run learnt from, with its prompt, system message and placeholders,
-    unless --prompt, --system and the like say otherwise; --prompt "" and --system "" ask without any.
-    """
-    with _reporting_errors():
-        said = _said(row_format, prompt, system, encoding, sheet)
-        from .apply import evaluate_run
-
-        evaluation = evaluate_run(run, data=data, base=base, base_model=base_model, said=said, console=err)
-    table = Table("task", "rows", "metric", *(["base"] if evaluation.base else []), "tuned", "95 %", "in form")
-    bases = {score.task: score for score in evaluation.base}
-    for score in evaluation.tuned:
-        if not score.rows:
-            continue
-        low, high = score.intervals.get(score.primary, (float("nan"), float("nan")))
-        before = [f"{bases[score.task].metrics[score.primary]:.3f}"] if evaluation.base else []
-        now = f"{score.metrics[score.primary]:.3f}"
-        valid = f"{score.metrics['valid']:.1%}"
-        table.add_row(score.task, str(score.rows), score.primary, *before, now, f"{low:.3f}–{high:.3f}", valid)
-    out.print(table, soft_wrap=False)
-    for file in evaluation.files:
-        out.print(str(file))
-
-
-@app.command()
-def predict(
-    run: RunArgument,
-    rows: Annotated[str, typer.Argument(help="A file of rows, as for training; they need no answer of their own.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the answers, one JSON line per row.")],
-    base_model: BaseModel = None,
-    row_format: RowFormatName = None,
-    prompt: Prompt = None,
-    system: System = None,
-    encoding: FileEncoding = "utf-8",
-    sheet: Sheet = None,
-) -> None:
-    """Answer every row with the tuned model. A broken-off prediction goes on where it stopped.
-
-    Rows are asked as those that the run learnt from, with its prompt, system message and placeholders, unless --prompt,
-    --system and the like say otherwise; --prompt "" and --system "" ask without any.
-    """
-    with _reporting_errors():
-        said = _said(row_format, prompt, system, encoding, sheet)
-        from .apply import predict_file
-
-        count, valid = predict_file(run, rows, output, base_model=base_model, said=said, console=err)
-    out.print(f"{count} answers in {output}, {valid} of them ({valid / count:.1%}) in the labelled form.")
 
 
 @app.command("import-chats")
@@ -351,10 +204,10 @@ def import_chats(
 
     Personal data is replaced, the latest part of each chat is held out, and every message is accounted for.
     """
-    from .data.chatlogs import import_chats as import_exports
-    from .data.chatlogs.settings import make_settings
+    from ..data.chatlogs import import_chats as import_exports
+    from ..data.chatlogs.settings import make_settings
 
-    with _reporting_errors():
+    with reporting_errors():
         settings = make_settings(
             assistant=assistant,
             me=me or (),
@@ -399,9 +252,9 @@ def check_leaks(
     Telephone numbers, addresses and the like of the log, however they are spelled. What stands in a row's own prompt is
     read there, not remembered. Ends with code 1 when a secret is remembered.
     """
-    from .data.leaks import report_leaks
+    from ..data.leaks import report_leaks
 
-    with _reporting_errors():
+    with reporting_errors():
         report = report_leaks(predictions, canaries)
     if as_json:
         print(json.dumps(report.to_json(), ensure_ascii=False))
@@ -421,15 +274,6 @@ def check_leaks(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes: every key, its meaning and default; editors complete and check with it."""
-    from .recipe import recipe_schema
+    from ..recipe import recipe_schema
 
     print(json.dumps(recipe_schema(), ensure_ascii=False, indent=2))
-
-
-def main() -> None:
-    """Entry point of the command `weitiao`."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

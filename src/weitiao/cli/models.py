@@ -1,0 +1,234 @@
+"""Verbs about models: train, evaluate, compare, predict, prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ..errors import RecipeError
+from .base import (
+    BaseModel,
+    FileEncoding,
+    Overrides,
+    Prompt,
+    RecipeArgument,
+    RowFormatName,
+    RunArgument,
+    Sheet,
+    System,
+    app,
+    err,
+    out,
+    reporting_errors,
+    said_of,
+)
+
+if TYPE_CHECKING:
+    from ..evaluation import Evaluation
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+) -> None:
+    """Tune the model; the result goes to runs/NAME. Ctrl-C saves and leaves, twice leaves at once."""
+    from ..recipe import load_recipe
+
+    with reporting_errors():
+        loaded = load_recipe(recipe, overrides or ())
+        from ..dataset import load_dataset
+
+        dataset = load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
+        from ..check.examine import check_recipe
+        from ..check.terminal import print_briefly
+
+        print_briefly(check_recipe(loaded, str(recipe)), err)
+        from ..tune import tune_model
+
+        tune_model(loaded, resume=resume, console=err, dataset=dataset)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data: Annotated[
+        str | None, typer.Option(help="Another file of labelled rows; by default the run's dev rows.")
+    ] = None,
+    base: Annotated[
+        bool | None,
+        typer.Option("--base/--no-base", help="Score the base model as well; by default as the recipe says."),
+    ] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(help="Score the base model as it can be prompted too, with so many examples: 0,4. none: not."),
+    ] = None,
+    unconstrained: Annotated[
+        bool | None,
+        typer.Option(
+            "--unconstrained/--constrained-only",
+            help="Score the tuned model with nothing held to the form too: what the constraint changed.",
+        ),
+    ] = None,
+    probe: Annotated[
+        Path | None,
+        typer.Option(help="Multiple-choice questions (JSONL), asked before and after: what tuning made it forget."),
+    ] = None,
+    base_model: BaseModel = None,
+    row_format: RowFormatName = None,
+    prompt: Prompt = None,
+    system: System = None,
+    encoding: FileEncoding = "utf-8",
+    sheet: Sheet = None,
+) -> None:
+    """Score the tuned model against its base model, task by task; write JSON, Markdown and an HTML page.
+
+    The rows of --data are asked as the rows that the run learnt from, with its prompt, system message and placeholders,
+    unless --prompt, --system and the like say otherwise; --prompt "" and --system "" ask without any.
+    """
+    with reporting_errors():
+        said = said_of(row_format, prompt, system, encoding, sheet)
+        numbers = None if shots is None else _numbers(shots)
+        from ..evaluation import evaluate_run
+
+        evaluation = evaluate_run(
+            run,
+            data=data,
+            base=base,
+            shots=numbers,
+            unconstrained=unconstrained,
+            probe=probe,
+            base_model=base_model,
+            said=said,
+            console=err,
+        )
+    _print_scores(evaluation)
+    for file in evaluation.files:
+        out.print(str(file))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The numbers in ``0,4``; none in ``none``."""
+    words = [] if text == "none" else text.split(",")
+    if not all(word.strip().isdigit() for word in words):
+        raise RecipeError(f"--shots is {text!r}. Write numbers of examples with commas between them, such as 0,4.")
+    return tuple(int(word) for word in words)
+
+
+def _print_scores(evaluation: Evaluation) -> None:
+    table = Table("task", "rows", "metric", *evaluation.sides, "95 %", "in form")
+    for score in evaluation.tuned:
+        if not score.rows:
+            continue
+        low, high = score.intervals.get(score.primary, (float("nan"), float("nan")))
+        figures = [
+            next(f"{one.metrics[one.primary]:.3f}" for one in scores if one.task == score.task)
+            for scores in evaluation.sides.values()
+        ]
+        valid = f"{score.metrics['valid']:.1%}"
+        table.add_row(score.task, str(score.rows), score.primary, *figures, f"{low:.3f}–{high:.3f}", valid)
+    out.print(table, soft_wrap=False)
+    for task, calibration in evaluation.calibration.items():
+        kept = [row for row in calibration.table if row.precision_kept >= 0.95]
+        best = max(kept, key=lambda row: row.share_kept, default=None)
+        if best is not None:
+            out.print(
+                f"{task}: the {best.share_kept:.0%} of answers with a confidence from {best.threshold:.2f} on are "
+                f"{best.precision_kept:.0%} right; weitiao predict --threshold sends the others to a person."
+            )
+    if evaluation.probe is not None:
+        before, after = evaluation.probe.before.overall.accuracy, evaluation.probe.after.overall.accuracy
+        low, high = evaluation.probe.interval
+        verdict = "the model has forgotten" if evaluation.probe.forgotten else "no more than chance"
+        out.print(f"probe: {before:.1%} right before tuning, {after:.1%} after ({low:+.1%} to {high:+.1%}): {verdict}.")
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="A run, an evaluation's folder, or a file scored-SIDE.jsonl in it.")],
+    b: Annotated[Path, typer.Argument(help="Another one, of the same rows.")],
+    data: Annotated[
+        str | None, typer.Option(help="Name of the set, where runs were evaluated on several; by default dev.")
+    ] = None,
+    side_a: Annotated[str | None, typer.Option(help="Which side of A, such as base; by default the tuned one.")] = None,
+    side_b: Annotated[str | None, typer.Option(help="Which side of B.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A folder for compare.html and compare.json.")
+    ] = None,
+) -> None:
+    """Say whether B is better than A by more than chance, and which rows flipped: a paired bootstrap over the rows."""
+    from ..evaluate.compare import compare_runs, write_comparison
+    from ..evaluate.compare_shown import show_comparison
+
+    with reporting_errors():
+        comparison = compare_runs(a, b, data=data, side_a=side_a, side_b=side_b)
+        show_comparison(comparison, out)
+        for file in write_comparison(comparison, output) if output is not None else ():
+            out.print(str(file))
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    rows: Annotated[str, typer.Argument(help="A file of rows, as for training; they need no answer of their own.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the answers, one JSON line per row.")],
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Mark answers of a lower confidence for a person: route is person or model."),
+    ] = None,
+    base_model: BaseModel = None,
+    row_format: RowFormatName = None,
+    prompt: Prompt = None,
+    system: System = None,
+    encoding: FileEncoding = "utf-8",
+    sheet: Sheet = None,
+) -> None:
+    """Answer every row with the tuned model. A broken-off prediction goes on where it stopped.
+
+    Rows are asked as those that the run learnt from, with its prompt, system message and placeholders, unless --prompt,
+    --system and the like say otherwise; --prompt "" and --system "" ask without any.
+    """
+    with reporting_errors():
+        said = said_of(row_format, prompt, system, encoding, sheet)
+        from ..apply import predict_file
+
+        done = predict_file(run, rows, output, threshold=threshold, base_model=base_model, said=said, console=err)
+    share = f"{done.valid / done.rows:.1%}"
+    out.print(f"{done.rows} answers in {output}, {done.valid} of them ({share}) in the labelled form.")
+    if done.for_people is not None:
+        out.print(f"{done.for_people} of them are for a person: their confidence is below {threshold}.")
+        if not done.calibrated:
+            err.print("note: the confidences are not calibrated: evaluate the run on its dev rows first.")
+
+
+@app.command()
+def prompt(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the answers, one JSON line per row.")],
+    overrides: Overrides = None,
+    rows: Annotated[
+        str | None, typer.Option(help="A file of rows, labelled or not; by default the recipe's dev rows.")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, max=32, help="How many labelled rows are shown as examples.")] = 4,
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="Show each row those nearest to it, not the same to all.")
+    ] = False,
+) -> None:
+    """Ask the recipe's model as it is, without training: the form described, a few labelled rows shown.
+
+    Tasks, forms and examples are taken from the recipe's train rows; answers are held to the form.
+    """
+    from ..recipe import load_recipe
+
+    with reporting_errors():
+        loaded = load_recipe(recipe, overrides or ())
+        from ..prompting import prompt_model
+
+        side = prompt_model(loaded, out=output, shots=shots, nearest=nearest, rows=rows, console=err)
+    count = len(side.lines)
+    share = f"{side.num_valid / count:.1%}"
+    out.print(f"{count} answers in {output}, {side.num_valid} of them ({share}) in the labelled form.")

@@ -1,0 +1,77 @@
+"""Scoring while training: the dev rows answered and scored as an evaluation does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedModel
+
+from .evaluate.best import choose_figure
+from .evaluate.predict import Answerer, as_prediction, read_reply
+from .evaluate.score import score_side
+from .evaluate.user_metrics import UserMetric, measure_rows
+from .generate.engine import Sampling, cache_bytes
+from .models.adapters import base_model
+from .preparation import Prepared
+from .recipe import Generate, Recipe
+from .train.loop import OnEval, Scoring
+
+
+def scoring_bytes(recipe: Recipe, prepared: Prepared) -> int:
+    """The memory that scoring while training adds: keys and values of the rows that are answered together."""
+    examples = prepared.scored_examples(recipe.train)
+    if not examples:
+        return 0
+    return cache_bytes(
+        base_model(prepared.model),
+        longest_prompt=max(len(example) - example.num_answer for example in examples),
+        max_new_tokens=max(prepared.answer_limits.values()),
+        num_rows=min(recipe.generate.batch_rows, len(examples)),
+    )
+
+
+def make_on_eval(recipe: Recipe, prepared: Prepared, metrics: Sequence[UserMetric] = ()) -> OnEval | None:
+    """What the loop calls to score the dev rows: the same asking and scoring as `evaluate_run`.
+
+    `metrics` are the user's own, which may choose the best checkpoint. None when no rows are scored.
+    """
+    places = prepared.scored(recipe.train)
+    records = [prepared.dev_rows.records[place] for place in places]
+    tasks = [prepared.dev_task(place) for place in places]
+    if not records:
+        return None
+
+    def on_eval(model: PreTrainedModel) -> Scoring:
+        answerer = Answerer(
+            model=model,
+            renderer=prepared.opened.renderer,
+            sampling=sampling_of(recipe.generate, prepared.answer_limits),
+            answer_limits=prepared.answer_limits,
+            batch_rows=recipe.generate.batch_rows,
+            constrain=recipe.generate.constrain,
+        )
+        replies = {reply.index: reply for reply in answerer.answer(records, tasks)}
+        predictions = [
+            as_prediction(record, task, read_reply(record, task, replies[index]))
+            for index, (record, task) in enumerate(zip(records, tasks, strict=True))
+        ]
+        all_tasks = prepared.dataset.tasks
+        extra = measure_rows(metrics, predictions, all_tasks, [record.raw for record in records]) if metrics else ()
+        scored = [score for score in score_side(predictions, all_tasks, resamples=0, extra=extra).scores if score.rows]
+        return Scoring(
+            overall=choose_figure(scored, recipe.evaluate.best_by),
+            tasks={score.task: {"primary": score.metrics[score.primary], **score.metrics} for score in scored},
+        )
+
+    return on_eval
+
+
+def sampling_of(settings: Generate, limits: Mapping[str, int]) -> Sampling:
+    """How the recipe says that tokens are chosen; at most as many as the longest answer of any task may have."""
+    return Sampling(
+        max_new_tokens=max(limits.values()),
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        seed=settings.seed,
+    )

@@ -1,0 +1,174 @@
+"""Everything that training starts from: rows fitted to the model's length, the model opened, a fresh adapter on it.
+
+Nothing is written yet. Training goes on from here, and so does a forecast of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from .data.neighbours import NeighbourIndex
+from .dataset import Dataset, load_dataset
+from .errors import DataError, RecipeError
+from .lookup import look_up
+from .models.families import OpenModel, open_model
+from .recipe import Generate, Recipe, Train
+from .render.base import Example
+from .render.example_store import answers_of
+from .render.fitting import FittedRows
+from .tasks.base import Task
+from .token_cache import Side, fit_side
+from .train.model import require_compiler
+from .train.packing import check_packing
+from .tuning.methods import add_adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Rows, model and fresh adapter, ready to be trained; nothing is written yet."""
+
+    dataset: Dataset
+    opened: OpenModel
+    model: PeftModel
+    train_rows: FittedRows
+    dev_rows: FittedRows
+    answer_limits: Mapping[str, int]
+    """For each task, the most tokens of an answer."""
+    rows_fingerprint: str
+    """`Dataset.fingerprint` of the rows as they were read."""
+    neighbours: NeighbourIndex | None = None
+    """What the examples before each row were looked up in, where rows are shown any; `dataset` then holds these."""
+
+    @property
+    def weights(self) -> list[float]:
+        """For each train example, how often it is seen per epoch."""
+        return [self.dataset.weights[place] for place in self.train_rows.rows]
+
+    @property
+    def train_tasks(self) -> list[str]:
+        """For each train example, the name of its task."""
+        return [self.dataset.train_tasks[place].name for place in self.train_rows.rows]
+
+    @property
+    def dev_tasks(self) -> list[str]:
+        """The same for the dev examples."""
+        return [self.dataset.dev_tasks[place].name for place in self.dev_rows.rows]
+
+    def scored(self, settings: Train) -> list[int]:
+        """Places among the dev rows' records that are scored while training, evenly spread; none where none are."""
+        count = len(self.dev_rows.records)
+        if settings.evaluate_every == "never" or not count:
+            return []
+        return list(range(0, count, -(-count // (settings.evaluate_rows or count))))
+
+    def scored_examples(self, settings: Train) -> list[Example]:
+        """For each of the scored records its example; of a conversation in several examples, the last."""
+        last = {row: number for number, row in enumerate(self.dev_rows.rows)}
+        return [self.dev_rows.examples[last[self.dev_rows.kept[place]]] for place in self.scored(settings)]
+
+    def dev_task(self, place: int) -> Task:
+        """The task of the dev rows' record at `place`."""
+        return self.dataset.dev_tasks[self.dev_rows.kept[place]]
+
+
+def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None) -> Prepared:
+    """Everything that training starts from; `console` is told of the tasks and of rows dropped or shortened.
+
+    `dataset` is the recipe's, where it was read already.
+
+    Raises:
+        DataError, ModelError, RecipeError, RunError: the recipe cannot be trained.
+    """
+    require_compiler(recipe.train)
+    dataset = load_dataset(recipe) if dataset is None else dataset
+    _require_tasks(recipe, dataset)
+    for note in dataset.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    for name, (num_train, num_dev) in dataset.count_rows().items():
+        form = next(task.form for task in dataset.tasks if task.name == name)
+        console.print(f"task {name}: {num_train} train, {num_dev} dev rows; {form.describe()}", soft_wrap=True)
+    opened = open_model(recipe.model.path, dtype=recipe.model.dtype)
+    rows_fingerprint, neighbours = dataset.fingerprint, None
+    if recipe.data.retrieve:
+        dataset, neighbours, notes = look_up(recipe, dataset, opened.renderer)
+        for note in notes:
+            console.print(f"note: {note}", soft_wrap=True)
+    train_rows = _fit(recipe, dataset, "train", opened, console)
+    if not train_rows.examples:
+        raise DataError(
+            f"All {len(dataset.train)} train rows are longer than {recipe.data.max_length} tokens, so there is nothing "
+            f"to learn from. Raise data.max_length."
+        )
+    dev_rows = _fit(recipe, dataset, "dev", opened, console)
+    if recipe.train.packing:
+        check_packing(_plain(opened.model), train_rows.examples)
+    return Prepared(
+        dataset=dataset,
+        opened=opened,
+        model=add_adapter(_plain(opened.model), recipe.method, seed=recipe.train.seed),
+        train_rows=train_rows,
+        dev_rows=dev_rows,
+        answer_limits=_answer_limits(recipe.generate, dataset, train_rows, dev_rows),
+        rows_fingerprint=rows_fingerprint,
+        neighbours=neighbours,
+    )
+
+
+def _fit(recipe: Recipe, dataset: Dataset, side: Side, opened: OpenModel, console: Console) -> FittedRows:
+    """Examples within the length limit, from the cache where there are many; what was dropped or shortened is said."""
+    rows, note = fit_side(recipe.data, dataset, side, opened.renderer, model=opened.folder)
+    if note:
+        console.print(note, soft_wrap=True)
+    more = len(rows.examples) - len(rows.records)
+    if more:
+        console.print(
+            f"note: {more} examples more than rows: this model's chat format writes earlier replies differently from "
+            f"new ones, so such conversations are learnt in parts.",
+            soft_wrap=True,
+        )
+    for what, sources in (("dropped", rows.dropped), ("shortened", rows.shortened)):
+        if sources:
+            console.print(
+                f"note: {len(sources)} rows {what}, being longer than {recipe.data.max_length} tokens: "
+                f"{', '.join(sources[:10])}",
+                soft_wrap=True,
+            )
+    return rows
+
+
+def _require_tasks(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise RecipeError when `train.task_weights` names a task that the rows do not have."""
+    names = [task.name for task in dataset.tasks]
+    strange = [name for name in recipe.train.task_weights if name not in names]
+    if strange:
+        raise RecipeError(
+            f"train.task_weights names {', '.join(map(repr, strange))}, but the tasks are {', '.join(names)}."
+        )
+
+
+def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    if isinstance(model, PeftModel):
+        raise TypeError("open_model was asked for no adapter, so the model has none")
+    return model
+
+
+def _answer_limits(
+    settings: Generate, dataset: Dataset, train_rows: FittedRows, dev_rows: FittedRows
+) -> dict[str, int]:
+    """For each task, the most tokens of an answer: what the recipe says, or half more than the longest label."""
+    limits = {}
+    for task in dataset.tasks:
+        lengths = [
+            int(num_answer)
+            for rows, tasks in ((train_rows, dataset.train_tasks), (dev_rows, dataset.dev_tasks))
+            for num_answer, place in zip(answers_of(rows.examples), rows.rows, strict=True)
+            if tasks[place] is task
+        ]
+        auto = max(32, 3 * max(lengths, default=0) // 2)
+        limits[task.name] = auto if settings.max_new_tokens == "auto" else settings.max_new_tokens
+    return limits
