@@ -168,6 +168,13 @@ def test_an_object_is_held_against_the_gold_object_most_like_it() -> None:
     }  # fmt: skip
 
 
+def test_objects_with_fewer_keys_than_the_gold_ones_are_held_against_them_too() -> None:
+    form = AnswerForm(shape="object list", fields=(Field(key="name", kind="string"),))
+    assert right_values(form, [{"name": "李四", "age": 7}], '[{"name": "张三"}, {"name": "李四"}]') == {
+        "[0].name": False, "[1].name": True,
+    }  # fmt: skip
+
+
 def test_lists_inside_fields_are_sets() -> None:
     form = AnswerForm(
         shape="object",

@@ -16,7 +16,7 @@ def right_values(form: AnswerForm, gold: Answer, text: str) -> dict[str, bool]:
 
     The order of a list says nothing: a string is right when it is in the gold list, and an object is held against the
     gold object that it shares the most fields with. Each gold object is taken once; the values of an object that is
-    left over are wrong, all of them.
+    left over are wrong, all of them. Only lists of objects deeper inside an answer are compared place by place.
 
     >>> form = AnswerForm(shape="label list", labels=("手机", "水果"))
     >>> right_values(form, ["水果"], '["手机", "水果"]')
@@ -26,9 +26,10 @@ def right_values(form: AnswerForm, gold: Answer, text: str) -> dict[str, bool]:
         FormError: `text` is not an answer of this form.
     """
     spans = value_spans(form, text)
-    if form.shape != "object list":
+    answer = form.parse(text)
+    if not (_are_objects(answer) and _are_objects(gold)):
         return {span.path: _holds(gold, span.steps, span.value) for span in spans}
-    partners = _partners(form.parse(text), gold)
+    partners = _partners(answer, gold)
     found: dict[str, bool] = {}
     for span in spans:
         number, *inside = span.steps
@@ -46,13 +47,17 @@ def _holds(gold: Answer, steps: tuple[Step, ...], value: Answer) -> bool:
     return isinstance(gold, Mapping) and step in gold and _holds(gold[step], tuple(rest), value)
 
 
+def _are_objects(answer: Answer) -> bool:
+    return isinstance(answer, list) and all(isinstance(item, Mapping) for item in answer)
+
+
 def _partners(items: Sequence[Answer], gold: Sequence[Answer]) -> dict[Step, int]:
     """For each object of the answer, the gold object it is held against: the most alike first."""
     alike = [
         (-shared, number, place)
         for number, item in enumerate(items)
         for place, wanted in enumerate(gold)
-        if (shared := sum(item[key] == wanted[key] for key in wanted))
+        if (shared := sum(key in item and item[key] == wanted[key] for key in wanted))
     ]
     partners: dict[Step, int] = {}
     for _, number, place in sorted(alike):
