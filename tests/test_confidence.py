@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,13 @@ from hypothesis import strategies as st
 from weitiao.errors import FormError
 from weitiao.evaluate.confidence import Token, answer_confidence, field_confidences
 from weitiao.evaluate.right_values import right_values
+from weitiao.generate.chat import reply_all
+from weitiao.generate.engine import Sampling
+from weitiao.messages import Message
+from weitiao.models.families import open_model
+from weitiao.tasks.fields import Bounds
 from weitiao.tasks.forms import AnswerForm, Field
+from weitiao.tasks.grammar import form_grammar
 from weitiao.tasks.value_spans import value_spans
 
 PEOPLE = AnswerForm(
@@ -155,6 +162,32 @@ def test_the_chance_of_a_value_is_that_of_drawing_it_again() -> None:
         counts[field.value] += 1
         confidence[field.value] = field.confidence
     assert all(confidence[label] == pytest.approx(count / 4000, abs=0.03) for label, count in counts.items())
+
+
+def test_replies_of_a_model_held_to_a_form_have_confidences(tiny_llama_folder: Path) -> None:
+    """Byte by byte, with forced tokens, characters of several tokens and tokens across the edges of values."""
+    opened = open_model(str(tiny_llama_folder))
+    names = Field(key="名字", kind="string", copied_share=1.0, bounds=Bounds(max_length=8))
+    form = AnswerForm(shape="object list", fields=(names, Field(key="age", kind="number")), min_items=1, max_items=3)
+    texts = ["小王在北京上班。", "🙂 Ada lives in London.", "他喜欢读历史小说"] * 2
+    replies = list(
+        reply_all(
+            opened.model,
+            opened.renderer,
+            [[Message(role="user", text=f"{number} {text}")] for number, text in enumerate(texts)],
+            sampling=Sampling(max_new_tokens=400, temperature=1.0),
+            grammars=[form_grammar(form, text) for text in texts],
+        )
+    )
+    values = []
+    for reply in replies:
+        assert reply.finish == "stop", reply.refusal
+        assert answer_confidence(reply.tokens) == pytest.approx(math.exp(reply.logprob))
+        found = field_confidences(form, reply.text, reply.tokens)
+        assert len(found) == 2 * len(form.parse(reply.text))
+        assert all(answer_confidence(reply.tokens) * (1 - 1e-9) <= one.confidence <= 1 for one in found)
+        values += [one.confidence for one in found]
+    assert len(set(values)) > len(values) / 2, "a random model is never sure"
 
 
 # ---- which values are right -----------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def calibrate_fields(
     """
     found: dict[str, FieldCalibration] = {}
     for task in tasks:
-        if task.form.shape in ("text", "label"):
+        if task.form.is_plain:
             continue  # one value, which is the answer
         values = [
             value
