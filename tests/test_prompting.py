@@ -64,17 +64,19 @@ def lines_of(path: Path) -> list[dict[str, object]]:
 
 def test_job_adverts_are_asked_with_one_example_and_their_answers_read(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    told = prompt_model(recipe_of(model), rows=ADVERTS / "new.jsonl", out=out, shots=1, console=quiet())
+    recipe = recipe_of(model, most=600)
+    told = prompt_model(recipe, rows=ADVERTS / "new.jsonl", out=out, shots=1, console=quiet())
     assert [len(row.messages) for row in told.records] == [3, 3, 3, 3]
     [form] = {task.form for task in told.tasks}
     for row, line in zip(told.records, lines_of(out), strict=True):
         example, answer, question = (message.text for message in row.messages)
         assert example.startswith("只输出一个 JSON 对象") and form.write(form.parse(answer)) == answer
         assert question == f"{line['instruction']}\n{line['input']}" and row.text == line["input"]
-        assert bool(line["valid"]) is (line["answer"] is not None) is (not line["reason"])
-        if line["valid"]:
-            assert form.parse(str(line["prediction"])) == line["answer"]
-    assert told.num_valid == sum(bool(line["valid"]) for line in told.lines)
+        assert line["valid"], "held to the form, even a random model gives answers of it"
+        assert form.parse(str(line["prediction"])) == line["answer"]
+        for value in (value for values in line["answer"].values() for value in values):  # type: ignore[attr-defined]
+            assert value in row.text or value == "该JD未要求"
+    assert told.num_valid == 4
 
 
 def test_the_example_runs_as_its_page_says(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +126,25 @@ def test_nothing_to_ask_is_said(tiny_qwen2_folder: Path, tmp_path: Path) -> None
     bare = recipe.model_copy(update={"data": recipe.data.model_copy(update={"held_out": 0.0})})
     with pytest.raises(DataError, match=r"holds no dev rows apart, so there is nothing to ask\. Name a file of rows"):
         prompt_model(bare, out=tmp_path / "out", console=quiet())
+
+
+def test_a_task_that_only_dev_rows_have_is_asked_without_examples(tiny_qwen2_folder: Path, tmp_path: Path) -> None:
+    rows = {"train": [("好", "a"), ("坏", "b")] * 3, "dev": [("好", "a"), ("什么", "x"), ("怎么", "y")]}
+    for name, pairs in rows.items():
+        lines = [
+            {"instruction": "评", "input": f"{text}{place}", "output": label, "task": "t" if label in "ab" else "u"}
+            for place, (text, label) in enumerate(pairs, start=10 * len(name))
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    recipe = recipe_of(tiny_qwen2_folder, train=tmp_path / "train.jsonl")
+    data = {"train": str(tmp_path / "train.jsonl"), "dev": str(tmp_path / "dev.jsonl")}
+    recipe = make_recipe({**recipe.model_dump(mode="json"), "data": data})
+    told = prompt_model(recipe, out=tmp_path / "out", shots=2, console=quiet())
+    assert [len(row.messages) for row in told.records] == [5, 1, 1]
+    assert told.notes == [
+        f"2 rows with fewer than 2 examples, for lack of rows to show: {tmp_path}/dev.jsonl:2, {tmp_path}/dev.jsonl:3"
+    ]
 
 
 # --- Sides of an evaluation -----------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +148,12 @@ def prompt_model(
 
 
 def labelled_limits(
-    records: Sequence[Record], tasks: Sequence[Task], renderer: Renderer, settings: Generate
+    records: Iterable[Record], tasks: Iterable[Task], renderer: Renderer, settings: Generate
 ) -> dict[str, int]:
     """For each task by its name, the most tokens of an answer: as the recipe says, or half more than the longest label.
 
     Args:
-        records: labelled rows.
+        records: labelled rows, those to be scored among them: a task may have no others.
         tasks: for each of them, its task.
         renderer: the model's chat format.
         settings: the recipe's part that may set the limit.
@@ -247,7 +248,8 @@ def _find_examples(
 
 
 def _answerer(settings: Generate, dataset: Dataset, opened: OpenModel) -> Answerer:
-    limits = labelled_limits(dataset.train, dataset.train_tasks, opened.renderer, settings)
+    labelled, tasks = chain(dataset.train, dataset.dev), chain(dataset.train_tasks, dataset.dev_tasks)
+    limits = labelled_limits(labelled, tasks, opened.renderer, settings)
     return Answerer(
         model=opened.model,
         renderer=opened.renderer,

@@ -23,7 +23,7 @@ MOST_TEXTS = 1 << 24
 """Places take 24 bits of a number while an index is built."""
 
 _BATCH_TEXTS = 4096
-_MOST_READ = 150_000
+_MOST_READ = 500_000
 """Postings read for one search, the rarest pieces first: the commonest say least and are by far the most to read."""
 
 
