@@ -256,6 +256,16 @@ def test_the_terminal_shows_figures_verdict_and_both_kinds_of_flips(tmp_path: Pa
     assert "32 rows flipped: 30 wrong → right, 2 right → wrong. 22 more" in shown
 
 
+def test_the_terminal_says_what_is_wrong_with_the_facts_of_a_flipped_row(tmp_path: Path) -> None:
+    gold = [fact("甲", "父亲", "乙")]
+    a, b = row(FACTS, gold, [fact("甲", "母亲", "丙")]), row(FACTS, gold, gold)
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    show_comparison(compared(tmp_path, [a], [b], tasks=(FACTS,)), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "missing: 甲 · 父亲 · 乙; spurious: 甲 · 母亲 · 丙" in " ".join(shown.split())
+    assert "│ right " in shown
+
+
 def test_texts_of_models_are_no_markup_on_the_terminal_or_the_page(tmp_path: Path) -> None:
     evil = f"[bold red]{EVIL}[/]"
     a = [row(CHAT, "a", "a", prompt=evil), row(CHAT, "b", "c", line=2, prompt=evil)]

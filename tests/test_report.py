@@ -7,23 +7,25 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weitiao.errors import RunError
-from weitiao.evaluate.differences import mark_differences
+from weitiao.errors import DataError, RunError
+from weitiao.evaluate.differences import label_in_answers_order, mark_differences
 from weitiao.evaluate.metric_texts import METRICS
-from weitiao.evaluate.report import Report, write_report
-from weitiao.evaluate.score import Prediction, read_predictions, score_side
+from weitiao.evaluate.prediction import FieldConfidence
+from weitiao.evaluate.report import Report, scored_files, write_report
+from weitiao.evaluate.score import Prediction, read_predictions, score_side, write_predictions
 from weitiao.tasks.base import Task
 from weitiao.tasks.forms import AnswerForm, Field
 from weitiao.visible import shorten, visible
@@ -79,7 +81,7 @@ def report(tasks: tuple[Task, ...] = (FACTS, TOPICS), *, texts: str = "", **side
     )
 
 
-VOID_TAGS = {"meta", "br", "rect", "line", "input", "circle"}
+VOID_TAGS = {"meta", "br", "rect", "line", "input"}
 
 
 class Page(HTMLParser):
@@ -407,3 +409,251 @@ def test_ten_thousand_rows_make_a_page_of_a_few_megabytes_that_holds_every_row()
     assert time.perf_counter() - start < 15
     assert len(html) < 3_000_000
     assert len(Page(html).rows["rows"]) == 10_000
+
+
+# ---- every row, and what rows show together -------------------------------------------------------------------
+
+
+def test_the_page_holds_every_row_with_all_that_is_known_of_it() -> None:
+    known = replace(
+        TUNED[0],
+        confidence=0.93,
+        loss=1.25,
+        fields=(FieldConfidence(path="[0].subject", value="甲", confidence=0.5),),
+    )
+    data = Page(report(base=BASE, tuned=[known, *TUNED[1:]]).to_html()).rows
+    assert [one["s"] for one in data["rows"]] == ["dev.jsonl:1", "dev.jsonl:2", "dev.jsonl:3"]
+    first = data["rows"][0]
+    assert (first["k"], first["c"], first["l"], first["m"]) == ("wrong", 0.93, 1.25, [["[0].subject", "甲", 0.5]])
+    assert first["e"] == [["spurious", "", "甲 · 父亲 · 丙"]]
+    assert first["o"] == [["我不知道", 0, "refused"]]
+    assert [one["k"] for one in data["rows"][1:]] == ["right", "wrong"]
+    assert [one["n"] for one in data["rows"]] == [["父亲"], ["水果"], ["手机", "酒店"]]
+
+
+def test_rows_of_long_texts_are_shortened_so_that_the_page_stays_small() -> None:
+    rows = [row(TOPICS, ["手机"], ["水果"], line=line, prompt="问" * 9000) for line in range(4000)]
+    html = report((TOPICS,), tuned=rows).to_html()
+    assert len(html) < 8_000_000
+    assert all("more characters" in one["p"] for one in Page(html).rows["rows"])
+
+
+def test_a_label_is_shown_in_the_answers_order_with_nothing_lost() -> None:
+    gold = json.dumps(
+        [fact("甲", "父亲", "乙"), fact("丙", "母亲", "丁"), fact("戊", "妻子", "己")], ensure_ascii=False
+    )
+    answer = json.dumps([fact("戊", "妻子", "己"), fact("x", "y", "z"), fact("甲", "父亲", "乙")], ensure_ascii=False)
+    shown = FACTS.form.parse(label_in_answers_order(FACTS.form, gold, answer))
+    assert [one["subject"] for one in shown] == ["戊", "丙", "甲"]
+    assert label_in_answers_order(FACTS.form, gold, "[{") == gold
+    for other in ("[]", answer, json.dumps([fact("甲", "父亲", "乙")] * 5, ensure_ascii=False)):
+        shown = FACTS.form.parse(label_in_answers_order(FACTS.form, gold, other))
+        assert sorted(map(str, shown)) == sorted(map(str, FACTS.form.parse(gold)))
+
+
+def with_sides(sides: dict[str, list[Prediction]]) -> Report:
+    tasks = (FACTS, TOPICS)
+    return replace(report(tuned=TUNED), sides={name: score_side(rows, tasks) for name, rows in sides.items()})
+
+
+def test_any_number_of_sides_stand_beside_each_other_and_the_held_one_is_examined() -> None:
+    free = [*TUNED[:2], row(TOPICS, ["手机"], ["手机"], line=3)]
+    made = with_sides({"base": BASE, "8-shot": BASE, "tuned": TUNED, "tuned, unconstrained": free})
+    assert (made.baseline, made.examined) == ("base", "tuned")
+    (effect,) = [one for one in made.findings().constraint if one.task == "topics"]
+    assert (effect.held, effect.free, effect.rows, effect.differ, effect.better, effect.worse) == (0.5, 1, 2, 1, 0, 1)
+    page = Page(made.to_html())
+    assert "What the constraint changed" in page.text
+    assert page.rows["others"] == ["base", "8-shot", "tuned, unconstrained"] and page.rows["free"] == 2
+    assert "| topics | 2 | 100.0 | 50.0 | 1 | 0 | 1 |" in made.to_markdown()
+    assert with_sides({"tuned, unconstrained": TUNED}).examined == "tuned, unconstrained"
+
+
+def test_sides_of_like_names_are_written_to_files_of_their_own() -> None:
+    files = scored_files(["a b", "a-b", "a/b", "../x", "底座", "\ud800"])
+    assert len(set(files.values())) == 6
+    assert list(files.values())[:4] == [
+        "scored-a-b.jsonl",
+        "scored-a-b-2.jsonl",
+        "scored-a-b-3.jsonl",
+        "scored-x.jsonl",
+    ]
+    assert not any("/" in name for name in files.values())
+
+
+def test_slices_cut_by_length_file_and_rarity() -> None:
+    rows = [
+        replace(
+            row(TOPICS, [TOPICS.form.labels[n % 3]], [TOPICS.form.labels[0]], line=n, prompt="字" * (n + 1)),
+            origin="早.jsonl" if n < 9 else "晚.jsonl",
+        )
+        for n in range(24)
+    ]
+    made = replace(report((TOPICS,), tuned=rows), train_counts={"topics": {"手机": 200, "水果": 3}})
+    length, file, rarity = made.findings().slices["topics"]
+    assert [(one.name, one.size) for one in length.slices] == [("1–6", 6), ("7–12", 6), ("13–18", 6), ("19–24", 6)]
+    assert [(one.name, one.size) for one in file.slices] == [("晚.jsonl", 15), ("早.jsonl", 9)]
+    assert [one.values["tuned"] for one in file.slices] == pytest.approx([1 / 3, 1 / 3])
+    assert all(one.interval and one.interval[0] <= 1 / 3 <= one.interval[1] for one in file.slices)
+    assert [(one.name, one.size) for one in rarity.slices] == [("never", 8), ("1–9 times", 8), ("100–999 times", 8)]
+    assert sum(one.size for one in length.slices) == sum(one.size for one in rarity.slices) == 24
+    text = Page(made.to_html()).text
+    assert "By length of the input" in text and "By how often training showed it" in text
+
+
+def test_rows_of_one_length_and_one_file_are_not_cut() -> None:
+    assert report((TOPICS,), tuned=[TUNED[1]] * 30).findings().slices["topics"] == ()
+
+
+def test_errors_are_counted_by_kind_with_examples() -> None:
+    gold = [fact("甲", "毕业院校", "北京大学"), fact("甲", "母亲", "丙")]
+    rows = [row(FACTS, gold, [fact("甲", "毕业院校", "北京"), fact("乙", "妻子", "丁")], line=n) for n in range(7)]
+    kinds = {one.kind: one for one in report((FACTS,), tuned=rows).findings().errors["facts"]}
+    assert {kind: (one.count, one.rows, len(one.examples)) for kind, one in kinds.items()} == {
+        "boundary": (7, 7, 5),
+        "missing": (7, 7, 5),
+        "spurious": (7, 7, 5),
+    }
+    assert kinds["boundary"].examples[0][1] == ("boundary", "甲 · 毕业院校 · 北京大学", "甲 · 毕业院校 · 北京")
+
+
+# ---- labels that look wrong, refusals, users' metrics, calibration --------------------------------------------
+
+
+def test_suspects_are_sure_wrong_answers_whose_label_surprises(tmp_path: Path) -> None:
+    def sure(line: int, gold: str, answer: str, confidence: float | None, loss: float | None) -> Prediction:
+        return replace(row(TOPICS, [gold], [answer], line=line), confidence=confidence, loss=loss)
+
+    usual = [sure(line, "手机", "手机", 0.99, 0.01 * line) for line in range(1, 21)]
+    odd = [
+        sure(30, "手机", "水果", 0.97, 3.0),
+        sure(31, "手机", "水果", 0.97, 0.05),  # the label is as likely as others: an open choice
+        sure(32, "手机", "水果", 0.60, 3.0),  # unsure
+        sure(33, "手机", "手机", 0.99, 3.0),  # right
+        sure(34, "手机", "水果", None, 3.0),  # no confidence: the loss alone decides
+        sure(35, "手机", "水果", 0.999, None),
+    ]
+    same = [replace(one, confidence=None, loss=None) for one in odd[:1]]
+    made = report((TOPICS,), base=same, tuned=[*usual, *odd])
+    suspects = made.findings().suspects
+    assert [one.prediction.source for one in suspects] == ["dev.jsonl:35", "dev.jsonl:30", "dev.jsonl:34"]
+    write_report(made, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "suspects.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines[1] == {
+        "source": "dev.jsonl:30",
+        "task": "topics",
+        "prompt": "问题",
+        "gold": '["手机"]',
+        "suggested": '["水果"]',
+        "confidence": 0.97,
+        "loss": 3.0,
+        "reason": suspects[1].reason,
+    }
+    assert "97 % sure of another answer" in suspects[1].reason and "came from: base" in suspects[1].reason
+    page = Page(made.to_html())
+    assert "3 rows where tuned is sure of another answer" in page.text
+    assert sum("q" in one for one in page.rows["rows"]) == 3
+
+
+def test_another_order_of_the_same_facts_is_no_suspect() -> None:
+    gold = [fact("甲", "父亲", "乙"), fact("丙", "母亲", "丁")]
+    rows = [replace(row(FACTS, gold, gold[::-1]), confidence=0.99), replace(row(CHAT, "a", "b"), confidence=0.99)]
+    assert report((FACTS, CHAT), tuned=rows).findings().suspects == ()
+
+
+def test_where_nothing_was_measured_the_page_says_that_nothing_was_looked_for() -> None:
+    assert "so nothing could be looked for" in Page(report(tuned=TUNED).to_html()).text
+    known = [replace(one, confidence=0.2) for one in TUNED]
+    assert "so nothing could be looked for" not in Page(report(tuned=known).to_html()).text
+
+
+@pytest.mark.parametrize("task", [FACTS, TOPICS, CHAT])
+def test_a_refused_answer_earns_nothing_whatever_it_holds(task: Task) -> None:
+    gold: Any = {"facts": [fact("甲", "父亲", "乙")], "topics": ["水果"], "chat": ""}[task.name]
+    refused = replace(row(task, gold, gold, finish="refused"), refusal="No token can follow.")
+    made = report((task,), tuned=[refused])
+    side = made.sides["tuned"]
+    (score,) = side.scores
+    assert (score.metrics[score.primary], score.metrics["valid"], score.metrics["exact"], score.refused) == (0, 0, 0, 1)
+    assert score.refusals == {"No token can follow.": 1}
+    assert (side.rows[0].valid, side.rows[0].exact) == (False, False)
+    text = Page(made.to_html()).text
+    assert "Answers the engine refused" in text and "1 of 1" in text
+    assert "| Answers the engine refused | 1 |" in made.to_markdown()
+
+
+def test_predictions_with_all_that_may_be_known_read_back_as_written(tmp_path: Path) -> None:
+    full = replace(
+        TUNED[0],
+        finish="refused",
+        refusal="limit",
+        confidence=0.0,
+        fields=(FieldConfidence(path="", value="甲", confidence=1.0),),
+        loss=0.0,
+        length=7,
+        origin="a.jsonl",
+    )
+    write_predictions([full, TUNED[1]], tmp_path / "p.jsonl")
+    assert read_predictions(tmp_path / "p.jsonl") == (full, TUNED[1])
+    assert set(TUNED[1].to_json()) == {"source", "task", "prompt", "gold", "answer", "finish"}
+    for wrong in ({"confidence": 1.5}, {"loss": "high"}, {"length": -1}, {"fields": [{"path": "a"}]}, {"refusal": 1}):
+        with pytest.raises(ValueError, match="must be"):
+            Prediction.from_json({**full.to_json(), **wrong})
+
+
+def test_users_metrics_are_averaged_over_the_rows_that_have_them() -> None:
+    extra = [{"polite": 1.0}, {"polite": 1.0, "short": 0.5}, {"polite": 0.0}]
+    side = score_side(TUNED, (FACTS, TOPICS), resamples=200, extra=extra)
+    facts_score, topics = side.scores
+    assert (facts_score.metrics["polite"], topics.metrics["polite"], topics.metrics["short"]) == (1, 0.5, 0.5)
+    assert topics.intervals["polite"] == (0, 1)
+    assert "short" not in facts_score.metrics
+    made = replace(report(tuned=TUNED), sides={"tuned": side})
+    assert "| polite | 50.0 [0.0, 100.0] |" in made.to_markdown()
+    assert Page(made.to_html()).rows["rows"][1]["u"] == {"polite": 1, "short": 0.5}
+    with pytest.raises(DataError, match="has a metric accuracy already"):
+        score_side(TUNED, (FACTS, TOPICS), extra=[{"accuracy": 1.0}] * 3)
+    with pytest.raises(DataError, match="3 predictions but further metrics of 1"):
+        score_side(TUNED, (FACTS, TOPICS), extra=extra[:1])
+
+
+class Calibrated(NamedTuple):
+    """The parts of a calibration that a report shows."""
+
+    bins: tuple[tuple[float, float, int, float, float], ...] = ((0.0, 0.5, 4, 0.3, 0.25), (0.5, 1.0, 0, 0.75, 0.0))
+    ece: float = 0.05
+    table: tuple[tuple[float, float, float], ...] = ((0.5, 0.8, 0.95), (0.9, 0.0, 0.0))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ece": self.ece}
+
+
+def test_calibration_is_drawn_and_its_table_shown() -> None:
+    made = replace(report((TOPICS,), tuned=TUNED[1:]), calibration={"topics": Calibrated()})
+    page = Page(made.to_html())
+    text = " ".join(page.text.split())
+    assert "topics: expected calibration error 5.0 points" in text
+    assert "50.0 % sure 20.0 % 95.0 % 90.0 % sure 100.0 % –" in text
+    assert page.tags.count("circle") == 1  # the empty bin has no dot
+    assert made.to_json()["calibration"] == {"topics": {"ece": 0.05}}
+
+
+# ---- the page in a browser ------------------------------------------------------------------------------------
+
+
+def test_a_browser_shows_the_rows_and_runs_nothing_of_theirs(tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium or google-chrome on this machine")
+    rows = [row(CHAT, EVIL, f"{EVIL} {n}", line=n, prompt=EVIL) for n in range(40)]
+    page = tmp_path / "report.html"
+    html = report((CHAT,), base=rows, tuned=rows).to_html()
+    page.write_text(html, encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert 'class="scripted"' in shown
+    assert "40 of 40 rows" in shown
+    inside = shown.split('<div id="rows">')[1].split('<script type="application/json"')[0]
+    assert inside.count("<article>") == 25
+    assert "&lt;img src=x" in inside and "<img" not in shown.split("<script")[0]

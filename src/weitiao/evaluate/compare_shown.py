@@ -6,12 +6,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..visible import shorten, visible
+from ..tasks.base import Task
+from ..visible import visible
 from .compare import Comparison, Flip, p_text
+from .fact_errors import errors_of
 from .metric_texts import metric_text
+from .prediction import Prediction
 
 NUM_FLIPS_SHOWN = 20
-NUM_CHARACTERS = 160
+NUM_CHARACTERS = 72
 
 
 def show_comparison(comparison: Comparison, console: Console, *, num_flips: int = NUM_FLIPS_SHOWN) -> None:
@@ -55,6 +58,7 @@ def _figures(comparison: Comparison) -> Table:
 
 
 def _flips(comparison: Comparison, limit: int) -> Table:
+    tasks = {task.name: task for task in comparison.tasks}
     table = Table(show_lines=True)
     for heading in ("", "row", "input", "label", comparison.a, comparison.b):
         table.add_column(Text(visible(heading)), overflow="fold")
@@ -62,15 +66,31 @@ def _flips(comparison: Comparison, limit: int) -> Table:
     by_kind = [[flip for flip in comparison.flips if flip.kind == kind] for kind in kinds]
     half = max(limit // 2, limit - len(by_kind[1]))  # both directions are seen, whichever has more rows
     for flip in (*by_kind[0][:half], *by_kind[1][: limit - min(half, len(by_kind[0]))]):
-        table.add_row(*_cells(flip), style="red" if flip.kind == "right → wrong" else "green")
+        table.add_row(*_cells(flip, tasks[flip.b.task]), style="red" if flip.kind == "right → wrong" else "green")
     return table
 
 
-def _cells(flip: Flip) -> list[Text]:
-    texts = (flip.kind, flip.b.source, _ending(flip.b.prompt), flip.b.gold, flip.a.answer, flip.b.answer)
-    return [Text(visible(shorten(text, NUM_CHARACTERS))) for text in texts]
+def _cells(flip: Flip, task: Task) -> list[Text]:
+    answers = [_answer(task, flip.b.gold, answer) for answer in (flip.a.answer, flip.b.answer)]
+    texts = (_ending(flip.b.prompt), _beginning(flip.b.gold), *map(_beginning, answers))
+    return [Text(visible(text)) for text in (flip.kind, flip.b.source, *texts)]
+
+
+def _answer(task: Task, gold: str, answer: str) -> str:
+    """The answer; for extraction what is wrong with it, which a line has room for."""
+    score = task.score(task.form.parse(gold), answer)
+    if task.kind != "extraction" or not score.valid:
+        return answer
+    row = Prediction(source="", task=task.name, prompt="", gold=gold, answer=answer)
+    return "; ".join(f"{one.kind}: {one.given or one.gold}" for one in errors_of(task, row, score)) or "right"
+
+
+def _beginning(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= NUM_CHARACTERS else f"{line[: NUM_CHARACTERS - 2]} …"
 
 
 def _ending(prompt: str) -> str:
     """The end of a long prompt: its beginning is most often the same instruction in every row."""
-    return prompt if len(prompt) <= NUM_CHARACTERS else f"… {prompt[-NUM_CHARACTERS + 2 :]}"
+    line = " ".join(prompt.split())
+    return line if len(line) <= NUM_CHARACTERS else f"… {line[-NUM_CHARACTERS + 2 :]}"

@@ -1,4 +1,7 @@
-"""Where two texts differ, piece by piece. `rows.js.jinja` marks differences in the page by the same rules."""
+"""Where two texts differ, piece by piece. `rows.js.jinja` marks differences in the page by the same rules.
+
+Knows texts and answer forms; knows nothing of scores or pages.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import difflib
 import re
 from typing import NamedTuple
 
+from ..errors import FormError
+from ..tasks.forms import AnswerForm
 from ..visible import shorten
 
 MAX_EXACT_DIFF_TOKENS = 800
@@ -43,3 +48,33 @@ def mark_differences(gold: str, answer: str, *, keep_space: bool = True) -> tupl
             end = start + block.size
         sides.append([span for span in spans if span.text])
     return sides[0], sides[1]
+
+
+def label_in_answers_order(form: AnswerForm, gold: str, answer: str) -> str:
+    """The label `gold` with its items in the order of `answer`, where the answer is a list: their order is free.
+
+    Else, and where the answer has not the form, `gold` as it is.
+
+    >>> form = AnswerForm(shape="label list", labels=("甲", "乙", "丙"))
+    >>> label_in_answers_order(form, '["甲", "乙"]', '["乙", "丙"]')
+    '["乙", "甲"]'
+    """
+    try:
+        wanted, given = form.parse(gold), form.parse(answer)
+    except FormError:
+        return gold
+    if not (isinstance(wanted, list) and len(wanted) > 1) or wanted == given:
+        return gold
+    left = list(wanted)
+    for item in given:
+        if item in left:
+            left.remove(item)
+    spare, open_items, ordered = iter(left), list(wanted), []
+    for item in given:
+        if item in open_items and item not in left:
+            ordered.append(item)
+            open_items.remove(item)
+        elif (other := next(spare, None)) is not None:
+            ordered.append(other)
+            open_items.remove(other)
+    return form.write([*ordered, *spare])

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from ..runs import write_bytes, writing
 from ..tasks.base import RowScore, Task
 from .constrained import FREE, ConstraintEffect, constraint_effects, free_side
-from .differences import Span, mark_differences
+from .differences import Span, label_in_answers_order, mark_differences
 from .fact_errors import KIND_TEXTS, ErrorKind, ShownError, error_kinds_of, errors_of
 from .metric_texts import METRICS, metric_text
 from .pages import figure, heat, template
@@ -69,7 +69,9 @@ class WorstRow:
     @property
     def marks(self) -> tuple[list[Span], list[Span]]:
         """Label and answer in pieces, marked where they differ."""
-        return mark_differences(self.prediction.gold, self.prediction.answer, keep_space=self.task.kind == "text")
+        row = self.prediction
+        gold = label_in_answers_order(self.task.form, row.gold, row.answer)
+        return mark_differences(gold, row.answer, keep_space=self.task.kind == "text")
 
     @property
     def errors(self) -> list[ShownError]:

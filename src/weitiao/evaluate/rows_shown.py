@@ -14,6 +14,7 @@ from typing import Any
 from ..tasks.base import RowScore, Task
 from ..visible import MAX_SHOWN_CHARACTERS, shorten, visible
 from .constrained import pair_rows
+from .differences import label_in_answers_order
 from .fact_errors import errors_of
 from .prediction import Prediction
 from .score import Side, row_value
@@ -101,9 +102,10 @@ def _values(tasks: Sequence[Task], side: Side) -> list[float]:
 def _row(task: Task, prediction: Prediction, score: RowScore, *, limit: int) -> dict[str, Any]:
     """What one row shows; keys that would hold nothing are left out.
 
-    s source, f file, p prompt, b earlier turns, g gold, a answer, k what became of it, r why it was refused,
-    x how it ended if not by itself, c confidence, l loss, n names that the label or the answer holds, e errors,
-    m confidence of single values. The caller adds t task, v score, o other sides, q suspicion, u users' metrics.
+    s source, f file, p prompt, b earlier turns, g gold (in the answer's order), a answer, k what became of it,
+    r why it was refused, x how it ended if not by itself, c confidence, l loss, n names that the label or the answer
+    holds, e errors, m confidence of single values. The caller adds t task, v score, o other sides, q suspicion,
+    u users' metrics.
     """
     errors = [[one.kind, _text(one.gold, 300), _text(one.given, 300)] for one in errors_of(task, prediction, score)]
     optional = {
@@ -120,7 +122,7 @@ def _row(task: Task, prediction: Prediction, score: RowScore, *, limit: int) -> 
         "s": _text(prediction.source, 300),
         "f": _text(prediction.file, 120),
         "p": _text(prediction.prompt, limit),
-        "g": _text(prediction.gold, limit),
+        "g": _text(label_in_answers_order(task.form, prediction.gold, prediction.answer), limit),
         "a": _text(prediction.answer, limit),
         "k": outcome(score),
         **{key: value for key, value in optional.items() if value is not None and value not in ("", [])},

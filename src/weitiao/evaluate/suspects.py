@@ -16,7 +16,7 @@ import numpy as np
 
 from ..runs import write_text
 from ..tasks.base import Task
-from .differences import Span, mark_differences
+from .differences import Span, label_in_answers_order, mark_differences
 from .prediction import Prediction
 from .score import Side
 
@@ -37,6 +37,8 @@ class Suspect:
     place: int
     """Which prediction of its side it is."""
     prediction: Prediction
+    shown_gold: str
+    """The label, its items in the order of the suggestion."""
     suggested: str
     """The model's answer in the labelled form's own spelling."""
     reason: str
@@ -44,7 +46,7 @@ class Suspect:
     @property
     def marks(self) -> tuple[list[Span], list[Span]]:
         """Label and suggestion in pieces, marked where they differ."""
-        return mark_differences(self.prediction.gold, self.suggested, keep_space=False)
+        return mark_differences(self.shown_gold, self.suggested, keep_space=False)
 
     def to_json(self) -> dict[str, Any]:
         """One line of ``suspects.jsonl``."""
@@ -86,7 +88,9 @@ def find_suspects(
         if _is_same_set(parsed, form.parse(prediction.gold)):
             continue  # another order of the same facts is no other label
         reason = _reason(prediction, bounds[task.name], same.get(place, []))
-        found.append(Suspect(place=place, prediction=prediction, suggested=form.write(parsed), reason=reason))
+        suggested = form.write(parsed)
+        shown = label_in_answers_order(form, prediction.gold, suggested)
+        found.append(Suspect(place=place, prediction=prediction, shown_gold=shown, suggested=suggested, reason=reason))
     return tuple(sorted(found, key=lambda one: (-(one.prediction.confidence or 0), -(one.prediction.loss or 0))))
 
 
