@@ -15,7 +15,7 @@ from weitiao.tasks.base import Task, add_counts
 from weitiao.tasks.fact_errors import FactError, error_kinds
 from weitiao.tasks.facts import Fact
 from weitiao.tasks.forms import AnswerForm, Field
-from weitiao.tasks.relaxed import match, normalise, overlap
+from weitiao.tasks.relaxed import _most_pairs, match, normalise, overlap
 
 TRIPLES = Task(
     name="triples",
@@ -132,6 +132,20 @@ def test_the_matching_has_the_most_credit_there_is(data: st.DataObject) -> None:
     assert credit == best_by_trying(golds, givens, links) if golds else credit == 0
 
 
+def test_a_long_chain_of_overlaps_is_matched_whole() -> None:
+    golds, givens = [(f"g{n}",) for n in range(2000)], [(f"a{n}",) for n in range(2000)]
+    # Each overlaps its own and the one before, most like the latter: only the last to be asked has to move them all.
+    near = {(f"g{n}", f"a{n}"): 0.4 for n in range(2000)} | {(f"g{n}", f"a{n - 1}"): 0.5 for n in range(1, 2000)}
+    links: dict[Fact, dict[Fact, float]] = {}
+    for (gold, other), value in near.items():
+        links.setdefault((gold,), {})[(other,)] = value
+    pairs = _most_pairs({gold: sorted(row, key=row.__getitem__, reverse=True) for gold, row in reversed(links.items())})
+    assert len(pairs) == 2000
+    assert match(golds[:3], givens[:3], lambda a, b: links[a].get(b, 0)) == [
+        (("g0",), ("a0",), 0.4), (("g1",), ("a1",), 0.4), (("g2",), ("a2",), 0.4)
+    ]  # fmt: skip
+
+
 # ---- scores ---------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +226,15 @@ def test_a_value_under_another_key_is_of_the_wrong_type() -> None:
     assert errors == [
         FactError("wrong type", ("name", "张三"), ("town", "张三")),
         FactError("spurious", None, ("aliases", "老张")),
+    ]
+
+
+def test_facts_of_other_json_are_named_by_their_path() -> None:
+    task = Task(name="nested", form=AnswerForm(shape="json"))
+    gold, answer = {"a": {"b": "北京大学"}, "c": ["x", "y"]}, {"a": {"b": "北京"}, "c": ["y"], "d": "x"}
+    assert error_kinds(task.form, gold, answer) == [
+        FactError("boundary", ("a.b", "北京大学"), ("a.b", "北京")),
+        FactError("wrong type", ("c[]", "x"), ("d", "x")),
     ]
 
 

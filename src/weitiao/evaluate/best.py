@@ -58,7 +58,9 @@ def require_figure(best_by: str, tasks: Sequence[Task], own: Sequence[str] = ())
     `own` are the names of the user's metrics; what figures these give is known only once they have run.
     """
     name = best_by.removeprefix("-")
-    figures = {f"{task.name}.{metric}" for task in tasks for metric in (*task.metric_names, *own)}
+    figures = {
+        f"{task.name}.{metric}" for task in tasks for metric in (*task.metric_names, *task.set_figures([]), *own)
+    }
     own_parts = tuple(f"{task.name}.{metric}." for task in tasks for metric in own)
     if name != OVERALL and name not in figures and not (own and name.startswith(own_parts)):
         known = ", ".join([OVERALL, *sorted(figures)])

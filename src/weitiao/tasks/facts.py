@@ -6,7 +6,7 @@ value) pair. Absence is no fact: null, an empty text, an empty list, and the pla
 in the text".
 
 Every fact has a name of its kind, where the form has one: the predicate of a triple, the type of an entity, the key of
-an attribute.
+an attribute, the path of other JSON.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def naming_key(form: AnswerForm) -> str | None:
 
 def naming_place(form: AnswerForm, *, typed: bool) -> int | None:
     """Where in a fact the name of its kind stands; None where facts have no kind."""
-    if form.shape == "object":
+    if form.shape in ("object", "json"):
         return 0
     key = naming_key(form) if form.shape == "object list" else None
     return None if key is None else fact_keys(form, typed=typed).index(key)

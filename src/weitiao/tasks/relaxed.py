@@ -112,17 +112,25 @@ def match(golds: Collection[Fact], givens: Collection[Fact], link: Link) -> list
 
 def _most_pairs(candidates: dict[Fact, list[Fact]]) -> dict[Fact, Fact]:
     """A largest one-to-one matching of the keys with one of their candidates (augmenting paths, Kuhn 1955)."""
+    pairs: dict[Fact, Fact] = {}
     holder: dict[Fact, Fact] = {}
+    for start in candidates:
+        asked_by: dict[Fact, Fact] = {}
+        queue = [start]
+        for gold in queue:
+            new = [given for given in candidates[gold] if given not in asked_by]
+            asked_by |= dict.fromkeys(new, gold)
+            free = next((given for given in new if given not in holder), None)
+            if free is not None:
+                _hand_on(free, asked_by, pairs, holder)
+                break
+            queue += [holder[given] for given in new]
+    return pairs
 
-    def place(gold: Fact, seen: set[Fact]) -> bool:
-        for given in candidates[gold]:
-            if given not in seen:
-                seen.add(given)
-                if given not in holder or place(holder[given], seen):
-                    holder[given] = gold
-                    return True
-        return False
 
-    for gold in candidates:
-        place(gold, set())
-    return {gold: given for given, gold in holder.items()}
+def _hand_on(free: Fact, asked_by: dict[Fact, Fact], pairs: dict[Fact, Fact], holder: dict[Fact, Fact]) -> None:
+    """Give `free` to who asked for it, what that one held to who asked for that, and so on to the one without any."""
+    given: Fact | None = free
+    while given is not None:
+        gold = asked_by[given]
+        holder[given], pairs[gold], given = gold, given, pairs.get(gold)
