@@ -611,6 +611,9 @@ def test_users_metrics_are_averaged_over_the_rows_that_have_them() -> None:
     made = replace(report(tuned=TUNED), sides={"tuned": side})
     assert "| polite | 50.0 [0.0, 100.0] |" in made.to_markdown()
     assert Page(made.to_html()).rows["rows"][1]["u"] == {"polite": 1, "short": 0.5}
+    long = replace(made, sides={"tuned": score_side(TUNED, (FACTS, TOPICS), resamples=0, extra=[{"words": 12.0}] * 3)})
+    assert "| words (not per cent) | 12.0 |" in long.to_markdown()
+    assert "words (not per cent) 12.0 " in " ".join(Page(long.to_html()).text.split())
     with pytest.raises(DataError, match="has a metric accuracy already"):
         score_side(TUNED, (FACTS, TOPICS), extra=[{"accuracy": 1.0}] * 3)
     with pytest.raises(DataError, match="3 predictions but further metrics of 1"):

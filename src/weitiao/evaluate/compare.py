@@ -39,12 +39,14 @@ class Flip:
     value_a: float
     """The row's score (0–1) with the first model's answer."""
     value_b: float
+    reason: str
+    """Why the answer that is not right has not the form; empty where it has."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy."""
         row = {"source": self.b.source, "task": self.b.task, "prompt": self.b.prompt, "gold": self.b.gold}
         return {**row, "kind": self.kind, "a": self.a.answer, "b": self.b.answer,
-                "score_a": self.value_a, "score_b": self.value_b}  # fmt: skip
+                "score_a": self.value_a, "score_b": self.value_b, "reason": self.reason}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,7 +316,8 @@ def _flips(sides: tuple[Side, Side], tasks: Sequence[Task]) -> tuple[Flip, ...]:
         if before != after:
             values = [row_value(by_name[b.task], score) for score in (score_a, score_b)]
             kind: Literal["wrong → right", "right → wrong"] = "wrong → right" if after else "right → wrong"
-            flips.append(Flip(kind=kind, a=a, b=b, value_a=values[0], value_b=values[1]))
+            reason = score_a.reason or score_b.reason
+            flips.append(Flip(kind=kind, a=a, b=b, value_a=values[0], value_b=values[1], reason=reason))
     return tuple(sorted(flips, key=lambda flip: flip.kind))  # stable: the rows' order among equals
 
 

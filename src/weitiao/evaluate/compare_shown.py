@@ -71,18 +71,22 @@ def _flips(comparison: Comparison, limit: int) -> Table:
 
 
 def _cells(flip: Flip, task: Task) -> list[Text]:
-    answers = [_answer(task, flip.b.gold, answer) for answer in (flip.a.answer, flip.b.answer)]
-    texts = (_ending(flip.b.prompt), _beginning(flip.b.gold), *map(_beginning, answers))
+    gold, right = flip.b.gold, "a" if flip.kind == "right → wrong" else "b"
+    answers = [
+        answer if task.kind != "extraction" else "right" if side == right else _faults(task, gold, answer, flip.reason)
+        for side, answer in (("a", flip.a.answer), ("b", flip.b.answer))
+    ]
+    texts = (_ending(flip.b.prompt), _beginning(gold), *map(_beginning, answers))
     return [Text(visible(text)) for text in (flip.kind, flip.b.source, *texts)]
 
 
-def _answer(task: Task, gold: str, answer: str) -> str:
-    """The answer; for extraction what is wrong with it, which a line has room for."""
-    score = task.score(task.form.parse(gold), answer)
-    if task.kind != "extraction" or not score.valid:
-        return answer
+def _faults(task: Task, gold: str, answer: str, reason: str) -> str:
+    """What is wrong with facts, which a line has room for; the answer itself where it is spelled otherwise."""
+    if reason:
+        return f"not in the form: {answer}"
     row = Prediction(source="", task=task.name, prompt="", gold=gold, answer=answer)
-    return "; ".join(f"{one.kind}: {one.given or one.gold}" for one in errors_of(task, row, score)) or "right"
+    found = errors_of(task, row, task.score(task.form.parse(gold), answer))
+    return "; ".join(f"{one.kind}: {one.given or one.gold}" for one in found) or answer
 
 
 def _beginning(text: str) -> str:

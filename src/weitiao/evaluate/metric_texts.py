@@ -47,7 +47,8 @@ METRICS: Mapping[str, MetricText] = {
     ),
     "rouge_l": MetricText(
         "ROUGE-L",
-        "longest common run of characters in order, gaps allowed, averaged over rows.",
+        "longest common run of characters in order, gaps allowed, averaged over rows (a run of Latin letters or digits "
+        "is one character).",
     ),
     "rouge_1": MetricText("ROUGE-1", "F1 of shared characters, averaged over rows."),
     "rouge_2": MetricText("ROUGE-2", "F1 of shared pairs of characters, averaged over rows."),
@@ -65,7 +66,9 @@ METRICS: Mapping[str, MetricText] = {
         less_is_better=True,
     ),
     "looping": MetricText(
-        "Looping", "share of answers that end in a loop of the same words; less is better.", less_is_better=True
+        "Looping",
+        "share of answers that end in a loop, one piece four times over; less is better.",
+        less_is_better=True,
     ),
     "distinct_1": MetricText("Distinct-1", "different characters as a share of all characters of all answers."),
     "distinct_2": MetricText("Distinct-2", "different pairs of characters as a share of all pairs of all answers."),

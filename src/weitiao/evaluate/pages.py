@@ -6,7 +6,7 @@ import base64
 import functools
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,13 +41,14 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def figure(score: TaskScore | None, name: str) -> str:
-    """A metric in per cent with its interval, such as ``84.2 [79.0, 88.9]``."""
+def figure(score: TaskScore | None, name: str, *, plain: Collection[str] = ()) -> str:
+    """A metric in per cent with its interval, such as ``84.2 [79.0, 88.9]``; one of `plain` as it is."""
     if score is None or name not in score.metrics:
         return "–"
-    value = f"{100 * score.metrics[name]:.1f}"
+    scale = 1 if name in plain else 100
+    value = f"{scale * score.metrics[name]:.1f}"
     bounds = score.intervals.get(name)
-    return value if bounds is None else f"{value} [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
+    return value if bounds is None else f"{value} [{scale * bounds[0]:.1f}, {scale * bounds[1]:.1f}]"
 
 
 def _markdown_text(text: str) -> str:

@@ -10,6 +10,7 @@ a content security policy that runs no script but its own and fetches nothing.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -149,6 +150,16 @@ class Report:
         names = self.metric_names(task)
         return [name for name in names if name in task.main_metrics or name not in METRICS]
 
+    def plain_metrics(self) -> frozenset[str]:
+        """The user's own metrics that are no shares: some value lies outside 0–1, so per cent would mislead."""
+        scores = [score for side in self.sides.values() for score in side.scores]
+        return frozenset(
+            name
+            for score in scores
+            for name, value in score.metrics.items()
+            if name not in METRICS and not 0 <= value <= 1
+        )
+
     def worst_rows(self, limit: int = NUM_WORST_ROWS) -> list[WorstRow]:
         """The examined side's lowest-scored answers, refused ones first; right answers are never among them.
 
@@ -236,7 +247,8 @@ class Report:
             metrics={metric: metric_text(metric) for metric in metrics},
             metric_text=metric_text,
             overall=overall,
-            figure=figure,
+            figure=functools.partial(figure, plain=self.plain_metrics()),
+            plain=self.plain_metrics(),
             heat=heat,
             other_f1=self._other_f1,
             measured=self._is_measured(),
