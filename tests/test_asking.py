@@ -85,6 +85,17 @@ def test_a_list_of_objects_is_told_with_its_fence_and_closed_sets(tasks: dict[st
     [
         (AnswerForm(shape="text"), "", ""),
         (
+            AnswerForm(shape="pattern", definition="[A-Z]{2}"),
+            "只输出答案本身，前后不写别的文字。\n须匹配这个正则表达式：\n[A-Z]{2}",
+            "Write the answer itself, and nothing before or after it.\nIt matches this regular expression:\n[A-Z]{2}",
+        ),
+        (
+            AnswerForm(shape="json", definition='{"type": "integer"}', fence_open="```\n", fence_close="\n```"),
+            '只输出 JSON，写在代码块里，前后不写别的文字。\n须符合这个 JSON Schema：\n{"type": "integer"}',
+            "Write JSON in a code fence, and nothing before or after it.\nIt follows this JSON Schema:\n"
+            '{"type": "integer"}',
+        ),
+        (
             AnswerForm(shape="label", labels=("好", "坏")),
             "只输出下面标签中的一个，不写别的文字：好、坏。",
             "Write one of these labels and nothing else: 好, 坏.",
@@ -122,6 +133,7 @@ def test_kinds_of_values_and_the_spelling_of_the_labels_are_told() -> None:
             Field(key="t", kind="string", values=("a, b", "c"), absent="无"),
             Field(key="x", kind="boolean|list|list of strings|null|number|object|string"),
             Field(key="l", kind="list"),
+            Field(key="d", kind="string", pattern="[0-9]{4}年"),
         ),
     )
     assert describe_answer(form, "en") == (
@@ -131,8 +143,9 @@ def test_kinds_of_values_and_the_spelling_of_the_labels_are_told() -> None:
         '- "t": a string, one of: "a, b", "c"; "\\u65e0" where the text says nothing of it\n'
         '- "x": any JSON value\n'
         '- "l": a list\n'
+        '- "d": a string, matching the regular expression [0-9]{4}年\n'
         "The form:\n"
-        '{"n":0,"ok":true,"t":"\\u2026","x":"\\u2026","l":[]}'
+        '{"n":0,"ok":true,"t":"\\u2026","x":"\\u2026","l":[],"d":"\\u2026"}'
     )
 
 
@@ -146,6 +159,7 @@ def test_the_skeleton_has_the_form_it_describes(tasks: dict[str, Task]) -> None:
 def test_a_few_copied_values_are_no_closed_set() -> None:
     form = AnswerForm(shape="object", fields=(Field(key="k", kind="string", values=("北京",), copied_share=1.0),))
     assert "北京" not in describe_answer(form, "zh")
+    assert "只能是：北京" in describe_answer(replace(form, ground=False), "zh"), "where nothing is held to the text"
 
 
 def test_a_row_is_told_the_form_in_the_language_it_is_asked_in(rows: list[Record]) -> None:

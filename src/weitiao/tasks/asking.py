@@ -57,6 +57,12 @@ class _Words:
     absent: str
     any: str
     either: str
+    like: str
+    json: str
+    text: str
+    schema: str
+    pattern: str
+    grammar: str
     colon: str
     form: str
     kinds: Mapping[str, str]
@@ -83,6 +89,12 @@ _WORDS: Mapping[Language, _Words] = {
         absent="原文没有时写 {absent}",
         any="任意 JSON 值",
         either="或",
+        like="，须匹配正则表达式 {pattern}",
+        json="只输出 JSON",
+        text="只输出答案本身",
+        schema="须符合这个 JSON Schema：",
+        pattern="须匹配这个正则表达式：",
+        grammar="须符合这个 Lark 语法：",
         colon="：",
         form="格式：",
         kinds={
@@ -115,6 +127,12 @@ _WORDS: Mapping[Language, _Words] = {
         absent="{absent} where the text says nothing of it",
         any="any JSON value",
         either=" or ",
+        like=", matching the regular expression {pattern}",
+        json="Write JSON",
+        text="Write the answer itself",
+        schema="It follows this JSON Schema:",
+        pattern="It matches this regular expression:",
+        grammar="It follows this Lark grammar:",
         colon=": ",
         form="The form:",
         kinds={
@@ -133,16 +151,18 @@ _WORDS: Mapping[Language, _Words] = {
 def describe_answer(form: AnswerForm, language: Language = "zh") -> str:
     """What an answer of `form` looks like, as an instruction with a skeleton; empty for free text.
 
-    Closed sets are listed, except for fields whose values are copied: what can be copied is as open as the texts are.
+    A form that the user defined, by a schema, an expression or a grammar, is told by that definition. Closed sets are listed, except for fields whose values are copied: what can be copied is as open as the texts are.
     """
     words = _WORDS[language]
     if form.shape == "text":
         return ""
-    if form.definition:
-        return f"{words.form}\n{form.fence_open}{form.definition}{form.fence_close}"
     if form.shape == "label":
         return words.label.format(labels=_join(form.labels, words))
     fenced = words.fenced if form.fence_open else ""
+    rule = {"json": words.schema, "pattern": words.pattern, "grammar": words.grammar}.get(form.shape)
+    if rule is not None:
+        what = words.json if form.shape == "json" else words.text
+        return "\n".join([what + fenced + words.nothing_else, rule, form.definition])
     opening = (words.object if form.shape == "object" else words.list) + fenced + words.nothing_else
     skeleton = f"{form.fence_open}{form.style.dumps(_skeleton(form))}{form.fence_close}"
     return "\n".join([opening, *_rules(form, words), words.form, skeleton])
@@ -160,12 +180,10 @@ def _rules(form: AnswerForm, words: _Words) -> list[str]:
     if form.shape == "label list":
         same = form.min_items == form.max_items
         bounds = words.one if same and form.max_items == 1 else words.several if same else words.between
-        told = bounds.format(least=form.min_items, most=form.max_items) + words.from_labels.format(
-            labels=_join(form.labels, words)
-        )
-        return [told, *empty]
+        count = bounds.format(least=form.min_items, most=form.max_items)
+        return [count + words.from_labels.format(labels=_join(form.labels, words)), *empty]
     if form.shape == "string list":
-        copied = words.copied if form.item is not None and form.item.copied else ""
+        copied = words.copied if form.item is not None and form.item.copied and form.ground else ""
         return [words.strings.format(copied=copied), *empty]
     items = [words.items] if form.shape == "object list" else []
     return [*items, *_field_rules(form, words), *empty]
@@ -183,10 +201,12 @@ def _describe_field(field: Field, form: AnswerForm, words: _Words) -> str:
     kinds = field.kind.split("|")
     known = [words.kinds[kind] for kind in kinds]
     told = words.any if len(kinds) >= _MANY_KINDS else words.either.join(known)
-    if field.copied:
+    if field.copied and form.ground:
         told += words.copied
     elif field.values:
         told += words.one_of.format(values=_join(field.values, words))
+    elif field.pattern:
+        told += words.like.format(pattern=field.pattern)
     if field.absent is not None:
         absent = form.style.dumps([field.absent] if "string" not in kinds else field.absent)
         told += words.semicolon + words.absent.format(absent=absent)
