@@ -202,7 +202,7 @@ def predict_file(
     records = read_like(kept, rows, said=said, require_target=False)  # bad rows show before the model takes its seconds
     run = RunInUse.of(open_run(path, base_model=base_model))
     tasks = run.assign(records)
-    calibration = _read_calibration(run.folder)
+    calibration = read_calibration(run.folder)
 
     def finish(line: dict[str, Any]) -> dict[str, Any]:
         told = calibrated(line, calibration)
@@ -223,7 +223,7 @@ def predict_file(
     )
 
 
-def _read_calibration(folder: RunFolder) -> RunCalibration | None:
+def read_calibration(folder: RunFolder) -> RunCalibration | None:
     """What an evaluation on the dev rows left in the run; None when there was none."""
     path = folder.path / CALIBRATION_FILE
     return RunCalibration.read(path) if path.exists() else None

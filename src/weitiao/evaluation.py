@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .apply import RunInUse, calibrated, counting, open_run
+from .apply import RunInUse, calibrated, counting, open_run, read_calibration
 from .data.reading import Said, read_like
 from .data.records import Record, digest_records
 from .dataset import Dataset, load_dataset
@@ -232,8 +232,13 @@ def _predictions(asked: _Asked, tasks: Sequence[Task]) -> tuple[Prediction, ...]
 def _calibrate(run: RunInUse, side: Side, *, keep: bool) -> RunCalibration:
     """How often answers and values of a confidence are right, task by task.
 
-    What the run's own dev rows say is kept with the run, for predictions to be told by.
+    What the run's own dev rows say is kept with the run, for predictions to be told by, and tried on other rows.
     """
+    known = None if keep else read_calibration(run.folder)
+    if known is not None:
+        return RunCalibration(
+            answers=calibrate_side(side.predictions, side.rows, run.tasks, known=known.answers), fields=known.fields
+        )
     found = RunCalibration(
         answers=calibrate_side(side.predictions, side.rows, run.tasks),
         fields=calibrate_fields(side.predictions, side.rows, run.tasks),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,6 +120,11 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
+def _down(share: float) -> str:
+    """To two digits, never upwards: what reaches `share` must reach what is shown."""
+    return f"{math.floor(share * 100) / 100:.2f}"
+
+
 def _print_scores(evaluation: Evaluation) -> None:
     table = Table("task", "rows", "metric", *evaluation.sides, "95 %", "in form")
     for score in evaluation.tuned:
@@ -137,7 +143,7 @@ def _print_scores(evaluation: Evaluation) -> None:
         best = max(kept, key=lambda row: row.share_kept, default=None)
         if best is not None:
             out.print(
-                f"{task}: the {best.share_kept:.0%} of answers with a confidence from {best.threshold:.2f} on are "
+                f"{task}: the {best.share_kept:.0%} of answers with a confidence from {_down(best.threshold)} on are "
                 f"{best.precision_kept:.0%} right; weitiao predict --threshold sends the others to a person."
             )
     if evaluation.probe is not None:

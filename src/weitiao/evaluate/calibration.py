@@ -77,6 +77,24 @@ class Calibration:
             raise ValueError(f"A confidence is a number from 0 to 1, not {confidence}.")
         return float(self.curve.apply(np.array([confidence]))[0])
 
+    def tried_on(self, confidences: Sequence[float], right: Sequence[bool]) -> Calibration:
+        """The same curve, and how well it does on other answers: of at least one, its confidence and whether right."""
+        given, outcomes = np.array(confidences, dtype=np.float64), np.array(right, dtype=np.float64)
+        told = self.curve.apply(given)
+        bins = reliability_bins(told, outcomes)
+        return Calibration(
+            curve=self.curve,
+            rows=len(given),
+            num_right=int(outcomes.sum()),
+            note="Calibrated on the run's dev rows, tried on these.",
+            bins=bins,
+            ece=expected_calibration_error(bins),
+            uncalibrated_ece=expected_calibration_error(reliability_bins(given, outcomes)),
+            log_loss=log_loss(told, outcomes),
+            uncalibrated_log_loss=log_loss(given, outcomes),
+            table=abstain_table(told.tolist(), [bool(one) for one in outcomes]),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy; `from_json` reads it back equal."""
         return {
@@ -183,7 +201,11 @@ class WithConfidence(Protocol):
 
 
 def calibrate_side(
-    predictions: Sequence[WithConfidence], row_scores: Sequence[RowScore], tasks: Sequence[Task]
+    predictions: Sequence[WithConfidence],
+    row_scores: Sequence[RowScore],
+    tasks: Sequence[Task],
+    *,
+    known: Mapping[str, Calibration] | None = None,
 ) -> dict[str, Calibration]:
     """For each task, the calibration of whole answers; an answer is right when it is exact.
 
@@ -194,6 +216,7 @@ def calibrate_side(
         predictions: of labelled rows that the model was not trained on.
         row_scores: of each prediction, its score.
         tasks: in the order of the result.
+        known: calibrations made on other rows, by task: these are tried, not made anew.
     """
     found: dict[str, Calibration] = {}
     for task in tasks:
@@ -203,7 +226,10 @@ def calibrate_side(
             notes = [_left_out(sum(not score.valid for _, score in own), "without the labelled form")]
             notes.append(_left_out(sum(s.valid and row.confidence is None for row, s in own), "without a confidence"))
             confidences, right = zip(*pairs)
-            found[task.name] = calibrate(confidences, right, notes=notes)
+            if known is not None and task.name in known:
+                found[task.name] = known[task.name].tried_on(confidences, right)
+            else:
+                found[task.name] = calibrate(confidences, right, notes=notes)
     return found
 
 
