@@ -151,7 +151,8 @@ _WORDS: Mapping[Language, _Words] = {
 def describe_answer(form: AnswerForm, language: Language = "zh") -> str:
     """What an answer of `form` looks like, as an instruction with a skeleton; empty for free text.
 
-    A form that the user defined, by a schema, an expression or a grammar, is told by that definition. Closed sets are listed, except for fields whose values are copied: what can be copied is as open as the texts are.
+    A form that the user defined, by a schema, an expression or a grammar, is told by that definition. Closed sets are
+    listed, except for fields whose values are copied: what can be copied is as open as the texts are.
     """
     words = _WORDS[language]
     if form.shape == "text":
