@@ -20,7 +20,7 @@ from weitiao.errors import FormError
 from weitiao.tasks.base import Task, assign_task, infer_tasks
 from weitiao.tasks.fields import Bounds
 from weitiao.tasks.forms import STYLES, AnswerForm, Field, JsonStyle
-from weitiao.tasks.grammar import MAX_ITEMS, form_grammar
+from weitiao.tasks.grammar import LEXER_FUEL, MAX_ITEMS, form_grammar
 
 SHARED = Path(os.environ.get("WEITIAO_SHARED") or Path(__file__).parents[2] / "shared") / "data"
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -58,7 +58,8 @@ def byte_tokens() -> LLTokenizer:
 
 
 def matcher_of(grammar: str) -> LLMatcher:
-    matcher = LLMatcher(byte_tokens(), LLMatcher.grammar_from_lark(grammar), log_level=0)
+    limits = LLParserLimits(initial_lexer_fuel=LEXER_FUEL, step_lexer_fuel=LEXER_FUEL)
+    matcher = LLMatcher(byte_tokens(), LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits)
     assert not matcher.is_error(), matcher.get_error()
     return matcher
 
@@ -168,11 +169,16 @@ def test_what_a_senseless_model_answers_has_the_form_and_is_grounded(name: str) 
         assert answers, "some walks come to an end"
 
 
+@cache
+def starter_tokens(folder: Path) -> LLTokenizer:
+    return LLTokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"), eos_token=[1, 106])
+
+
 def test_masks_are_quick_with_the_vocabulary_of_the_starter_model(starter_folder_or_skip: Path) -> None:
     """Measured here: a median of 27 microseconds; the bound leaves room for a machine that is busy."""
     import time
 
-    tokens = LLTokenizer((starter_folder_or_skip / "tokenizer.json").read_text(encoding="utf-8"), eos_token=[1, 106])
+    tokens = starter_tokens(starter_folder_or_skip)
     rows, _ = rows_and_tasks("spo_and_topics")
     times = []
     for row, task in rows[-30:]:
@@ -294,7 +300,7 @@ def quoting(style: JsonStyle = STYLES[0], **changes: Any) -> AnswerForm:
     return AnswerForm(shape="object", style=style, fields=(field,))
 
 
-@settings(quick, max_examples=150)
+@settings(quick, max_examples=500)
 @given(hostile, st.booleans(), st.booleans(), st.integers(0, 99))
 def test_no_text_can_end_the_string_that_copies_it(text: str, ascii_only: bool, trimmed: bool, seed: int) -> None:
     style = JsonStyle(ensure_ascii=ascii_only)
@@ -451,7 +457,19 @@ def test_long_texts_and_large_sets_stay_within_the_engines_limits() -> None:
             Field(key="q", kind="string", copied_share=1.0),
         ),
     )
-    grammar = LLMatcher.grammar_from_lark(form_grammar(form, text) or "")
-    matcher = LLMatcher(byte_tokens(), grammar, log_level=0, limits=LLParserLimits())
+    matcher = matcher_of(form_grammar(form, text) or "")
     answer = [{"t": f"类型{n}", "q": text[n * 100 : n * 100 + 90]} for n in range(60)]
     assert accepts(matcher, form.write(answer))
+
+
+def test_masks_of_long_texts_come_with_a_large_vocabulary_too(starter_folder_or_skip: Path) -> None:
+    text = "".join(random.Random(0).choices("天地玄黄宇宙洪荒日月盈昃 the quick brown", k=20_000))
+    form = AnswerForm(shape="object", fields=(Field(key="q", kind="string", copied_share=1.0),))
+    grammar = LLMatcher.grammar_from_lark(form_grammar(form, text) or "")
+    limits = LLParserLimits(initial_lexer_fuel=LEXER_FUEL, step_lexer_fuel=LEXER_FUEL)
+    tokens = starter_tokens(starter_folder_or_skip)
+    matcher = LLMatcher(tokens, grammar, log_level=0, limits=limits)
+    for token in tokens.tokenize_str(form.write({"q": text[5_000:5_100].strip()})):
+        matcher.compute_bitmask()
+        assert matcher.consume_token(token), matcher.get_error()[:100]
+    assert matcher.is_accepting()
