@@ -19,8 +19,8 @@ from .base import Conversation, Example, Renderer, Turns
 Overlong = Literal["error", "drop", "shorten_input"]
 
 
-CHUNK_ROWS = 512
-"""Rows rendered together: their texts are tokenised in one call, which uses all cores."""
+CHUNK_ROWS = 256
+"""Rows rendered together: their texts are tokenised in one call. More would only crowd the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
