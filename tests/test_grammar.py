@@ -364,6 +364,22 @@ def test_a_slip_in_fifty_does_not_set_the_others_free() -> None:
     assert not accepts(matcher_of(form_grammar(form, "乙丙") or ""), '{"q": "丁"}')
 
 
+def test_a_word_for_absence_stands_alone_in_a_list_if_it_always_did() -> None:
+    rows = [({"q": [f"甲{n}", "是"]}, f"是甲{n}的") for n in range(8)] + [({"q": ["无"]}, "乙")] * 2
+    form = AnswerForm.infer([row for row, _ in rows], texts=[text for _, text in rows])
+    matcher = matcher_of(form_grammar(form, "丙丁") or "")
+    assert [accepts(matcher, f'{{"q": {items}}}') for items in ('["无"]', '["丙", "丁"]', '["丙"]')] == [True] * 3
+    assert [accepts(matcher, f'{{"q": {items}}}') for items in ('["无", "无"]', '["丙", "无"]', "[]")] == [False] * 3
+    assert {tuple(answer["q"]) for answer in check_walks(form, "")} == {("无",)}
+
+
+def test_a_number_may_have_a_few_digits_more_than_the_labels() -> None:
+    form = AnswerForm.infer([{"n": n} for n in (1, 25, 37)], texts=[""] * 3)
+    matcher = matcher_of(form_grammar(form) or "")
+    assert [accepts(matcher, f'{{"n": {n}}}') for n in ("7", "1024", "-3", "0")] == [True] * 4
+    assert [accepts(matcher, f'{{"n": {n}}}') for n in ("10240", "1.5", "01", "-0", "1e5", "+1")] == [False] * 6
+
+
 def test_one_row_does_not_make_a_word_for_absence() -> None:
     rows = [([{"q": f"甲{n}"}], f"是甲{n}的") for n in range(60)] + [([{"q": "java"}] * 4, "Java")]
     form = AnswerForm.infer([row for row, _ in rows], texts=[text for _, text in rows])

@@ -62,6 +62,8 @@ class Field:
     left out."""
     absent: str | None = None
     """The string that stands for "not in the text", when the labels have one."""
+    absent_alone: bool = False
+    """Whether that string, inside a list, is always the only item."""
     pattern: str = ""
     """A regular expression that every string seen matches as a whole, absence and empty ones aside; else empty."""
     bounds: Bounds = Bounds()
@@ -143,6 +145,7 @@ def infer_field(key: str, places: Sequence[tuple[Answer, str, int]]) -> Field:
         else (),
         copied_share=sum(copied) / len(copied) if copied else 0.0,
         absent=absent,
+        absent_alone=all(len(value) == 1 for value, _, _ in places if isinstance(value, list) and absent in value),
         pattern=infer_pattern([string for string, _ in present if string]),
         bounds=measure(value for value, _, _ in places),
     )

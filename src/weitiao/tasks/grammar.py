@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import FormError
 from . import lexemes
@@ -32,6 +32,10 @@ LEXER_FUEL = 100_000_000
 200,000 a mask inside a value copied from a text of 2,000 characters fails."""
 LEAST_SLACK = 16
 """A string may be twice as long as the longest labelled one, and at least so many characters longer."""
+MORE_DIGITS = 2
+"""A number may have so many digits before its point more than the longest labelled one."""
+EXACT_DIGITS = 15
+"""Every decimal of so many digits is read and written back alike."""
 
 
 def form_grammar(form: AnswerForm, text: str = "", *, ground: bool = True) -> str | None:
@@ -180,7 +184,12 @@ class _Writer:
         if "string" in kinds:
             choices.append(self.string(one))
         if "list of strings" in kinds:
-            choices.append(self.list_of(self.string(one), bounds.min_items, bounds.max_items or MAX_ITEMS, level=level))
+            alone = one.absent is not None and one.absent_alone
+            item = self.string(replace(one, absent=None) if alone else one)
+            choices.append(self.list_of(item, bounds.min_items, bounds.max_items or MAX_ITEMS, level=level))
+            if alone and one.absent is not None:
+                only = self.terminal(lexemes.literal(self._quoted(one.absent)))
+                choices.append(self.list_of(only, 1, 1, level=level))
         choices += self._scalars(bounds, kinds)
         if "list" in kinds or "object" in kinds:
             choices += self._nested(bounds, kinds, level=level, depth=bounds.depth or MAX_DEPTH)
@@ -219,7 +228,9 @@ class _Writer:
         choices: list[str | None] = []
         if "number" in kinds:
             whole, fraction = bounds.whole_digits, bounds.fraction_digits
-            choices.append(self.terminal(lexemes.number(bounds.numbers, whole_digits=whole, fraction_digits=fraction)))
+            slack = min(MORE_DIGITS, max(0, EXACT_DIGITS - whole - fraction))
+            digits = lexemes.number(bounds.numbers, whole_digits=whole and whole + slack, fraction_digits=fraction)
+            choices.append(self.terminal(digits))
         choices += [lexemes.literal(word) for word in ("true", "false") if "boolean" in kinds]
         return choices + ([lexemes.literal("null")] if "null" in kinds else [])
 
