@@ -179,7 +179,7 @@ def _by_rarity(own: Mapping[str, Rows], examined: str, train_counts: Mapping[str
             interval=None,
         )
         for name, parts in sums.items()
-        if examined in parts
+        if examined in parts and parts[examined][0] + parts[examined][2]  # names that answers alone give have no F1
     )
     return SliceTable(title="By how often training showed it", unit="labelled", metric="f1", slices=slices)
 
