@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
@@ -69,6 +69,16 @@ def test_strings_that_do_not_agree_have_none(values: list[str]) -> None:
 def test_a_pattern_never_excludes_a_string_it_was_read_from(values: list[str]) -> None:
     pattern = infer_pattern(values)
     assert not pattern or all(re.fullmatch(pattern, value) for value in values)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.text(max_size=4), st.text(max_size=4), st.integers(1, 10**6))
+def test_every_pattern_is_one_for_the_engine_too(before: str, after: str, start: int) -> None:
+    values = [f"{before}{start + number}{after}" for number in range(9)]
+    pattern = infer_pattern(values)
+    assert not pattern or all(re.fullmatch(pattern, value) for value in values)
+    form = AnswerForm(shape="object", fields=(Field(key="p", kind="string", pattern=pattern),))
+    assert all(accepts(form, form.write({"p": value})) for value in values if value.strip())
 
 
 class _Bytes:

@@ -62,7 +62,7 @@ def infer_pattern(values: Sequence[str]) -> str:
 def _code(values: Sequence[str]) -> str:
     """The runs of digits, capitals and small letters, where all values have the same ones, four characters or more."""
     only = _runs_of(values[0])
-    if any(_runs_of(value) != only for value in values):
+    if any(kind == "?" for kind, _ in only) or any(_runs_of(value) != only for value in values):
         return ""
     digits = sum(length for kind, length in only if kind == "[0-9]")
     marks = sum(length for kind, length in only if not kind.startswith("["))
