@@ -165,10 +165,10 @@ class Constraint:
 
     def why(self) -> str:
         """A clause that says where the answer stands, such as ``it cannot end after '… "作者": "九玄'``."""
-        if self._matcher.stop_reason() == "NoExtensionBias":
-            return f"the grammar has no way on after {self._tail()!r}"
         if self._matcher.is_error():
-            return f"the grammar gave up after {self._tail()!r} ({_first_lines(self._matcher.get_error())})"
+            error = _first_lines(self._matcher.get_error())
+            dead_end = error.startswith("NoExtension")
+            return f"the grammar {'has no way on' if dead_end else f'gave up ({error})'} after {self._tail()!r}"
         return f"it {'may' if self.accepting else 'cannot'} end after {self._tail()!r}"
 
     def _tail(self) -> str:
