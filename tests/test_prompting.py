@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from weitiao.dataset import Dataset, load_dataset
-from weitiao.errors import DataError
+from weitiao.errors import DataError, RecipeError
 from weitiao.evaluate.predict import Answerer, OnReply
 from weitiao.generate.chat import Reply
 from weitiao.generate.engine import Sampling
@@ -145,6 +145,15 @@ def test_a_task_that_only_dev_rows_have_is_asked_without_examples(tiny_qwen2_fol
     assert told.notes == [
         f"2 rows with fewer than 2 examples, for lack of rows to show: {tmp_path}/dev.jsonl:2, {tmp_path}/dev.jsonl:3"
     ]
+
+
+def test_examples_are_never_learnt_along_with_all_turns() -> None:
+    data = {"train": "rows.jsonl", "retrieve": 2}
+    assert make_recipe({"name": "n", "model": "m", "data": data}).data.retrieve == 2
+    with pytest.raises(
+        RecipeError, match=r"data\.retrieve: with turns: all the answers of the examples would be learnt"
+    ):
+        make_recipe({"name": "n", "model": "m", "data": {**data, "turns": "all"}})
 
 
 # --- Sides of an evaluation -----------------------------------------------------------------------------------------
