@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .data.records import Record, read_records
     from .dataset import Dataset, load_dataset
     from .errors import WeitiaoError
+    from .evaluate.compare import compare_runs
     from .evaluate.report import Report
     from .evaluate.score import score_predictions
     from .evaluation import evaluate_run
@@ -45,6 +46,7 @@ _HOMES = {
     "make_recipe": ".recipe",
     "tune_model": ".tune",
     "evaluate_run": ".evaluation",
+    "compare_runs": ".evaluate.compare",
     "predict_file": ".apply",
     # rows and tasks
     "Record": ".data.records",

@@ -30,6 +30,7 @@ from .evaluate.prediction import Prediction
 from .evaluate.report import Report, write_report
 from .evaluate.score import Side, TaskScore, score_side
 from .evaluate.user_metrics import UserMetric, load_metrics, measure_rows
+from .generate.likelihood import Continuation, log_likelihoods
 from .prompting import shot_sides
 from .recipe import Recipe, load_recipe
 from .runs import write_json
@@ -133,7 +134,9 @@ def evaluate_run(
     sides = {side: _score(run, recipe, one, tasks, metrics) for side, one in asked.items()}
     calibration = _calibrate(run, sides[TUNED], keep=data is None)
     told = replace(asked[TUNED], lines=[calibrated(line, calibration) for line in asked[TUNED].lines])
-    sides[TUNED] = replace(sides[TUNED], predictions=_predictions(told, tasks))
+    losses = _gold_losses(run, told.records, tasks, console)
+    predictions = (replace(one, loss=loss) for one, loss in zip(_predictions(told, tasks), losses, strict=True))
+    sides[TUNED] = replace(sides[TUNED], predictions=tuple(predictions))
     report = Report(
         title=f"{recipe.name} on {name}",
         created=time.strftime("%Y-%m-%d %H:%M"),
@@ -227,6 +230,29 @@ def _score(run: RunInUse, recipe: Recipe, asked: _Asked, tasks: Sequence[Task], 
 
 def _predictions(asked: _Asked, tasks: Sequence[Task]) -> tuple[Prediction, ...]:
     return tuple(as_prediction(*row) for row in zip(asked.records, tasks, asked.lines, strict=True))
+
+
+def _gold_losses(
+    run: RunInUse, records: Sequence[Record], tasks: Sequence[Task], console: Console
+) -> list[float | None]:
+    """For each row what its label costs the tuned model: mean negative log-likelihood per token, end token included.
+
+    None for a row whose prompt and label do not fit the model's positions together.
+    """
+    renderer = run.opened.renderer
+    most = run.opened.model.config.get_text_config().max_position_embeddings
+    pairs: dict[int, Continuation] = {}
+    for place, (record, task) in enumerate(zip(records, tasks, strict=True)):
+        prompt = renderer.render_prompt(record.messages, record.tools)
+        label = renderer.render_answer(task.write_target(record))
+        if len(prompt) + len(label) <= most:
+            pairs[place] = (prompt, label)
+    with counting(console, "loss of labels") as on_sequences:
+        values = log_likelihoods(run.opened.model, list(pairs.values()), on_sequences=on_sequences)
+    losses: list[float | None] = [None] * len(records)
+    for (place, (_, label)), value in zip(pairs.items(), values, strict=True):
+        losses[place] = -value / len(label)
+    return losses
 
 
 def _calibrate(run: RunInUse, side: Side, *, keep: bool) -> RunCalibration:

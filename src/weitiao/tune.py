@@ -14,7 +14,7 @@ from .data.reading import describe_sources
 from .dataset import Dataset, read_options
 from .dev_scoring import make_on_eval, sampling_of, scoring_bytes
 from .environment import environment
-from .evaluate.best import require_figure
+from .evaluate.best import rehearse, require_figure
 from .evaluate.slices import count_labels
 from .evaluate.user_metrics import copy_metric_files, load_metrics
 from .models.families import OpenModel
@@ -54,6 +54,15 @@ def tune_model(
     reading = describe_sources([(source.path, read_options(source, recipe.data)) for source in recipe.data.train])
     metrics = load_metrics(recipe.evaluate.metrics)
     require_figure(recipe.evaluate.best_by, dataset.tasks, [metric.name for metric in metrics])
+    scored = prepared.scored(recipe.train)
+    if scored:
+        rehearse(
+            [prepared.dev_rows.records[place] for place in scored],
+            [prepared.dev_task(place) for place in scored],
+            dataset.tasks,
+            best_by=recipe.evaluate.best_by,
+            metrics=metrics,
+        )
     run = RunFolder.create(Path(runs) / recipe.name, resume=resume)
     require_same(run, _depends_on(recipe, dataset, opened))
     if not run.recipe.exists():

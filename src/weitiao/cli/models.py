@@ -162,6 +162,9 @@ def compare(
     ] = None,
     side_a: Annotated[str | None, typer.Option(help="Which side of A, such as base; by default the tuned one.")] = None,
     side_b: Annotated[str | None, typer.Option(help="Which side of B.")] = None,
+    any_prompt: Annotated[
+        bool, typer.Option("--any-prompt", help="Let inputs differ: the same rows, asked or shortened differently.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="A folder for compare.html and compare.json.")
     ] = None,
@@ -171,7 +174,7 @@ def compare(
     from ..evaluate.compare_shown import show_comparison
 
     with reporting_errors():
-        comparison = compare_runs(a, b, data=data, side_a=side_a, side_b=side_b)
+        comparison = compare_runs(a, b, data=data, side_a=side_a, side_b=side_b, any_prompt=any_prompt)
         show_comparison(comparison, out)
         for file in write_comparison(comparison, output) if output is not None else ():
             out.print(str(file))

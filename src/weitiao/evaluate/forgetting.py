@@ -5,39 +5,28 @@ own chat format renders the question; the model's answer is the likeliest choice
 choice's length in UTF-8 bytes, because a longer text is less likely whatever it says; `accuracy_raw` does not. For
 letters, which all have one length, the two are the same. These are `acc_norm` and `acc` of lm-evaluation-harness.
 The end token does not count, so a model that was taught to end its answers otherwise is not taken to have forgotten.
-
-Shapes: R sequences of this call, T tokens of the longest, K positions whose logits are computed, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..errors import DataError, ModelError, Problem
+from ..generate.likelihood import BATCH_TOKENS, Continuation, OnSequences, log_likelihoods
 from ..messages import Message
 from ..render.base import Renderer
 from .probe_questions import Question, read_probe
 from .score import draws
-
-BATCH_TOKENS = 4096
-"""Most tokens, padding included, of one forward pass; a longer question goes alone."""
-
-LOGITS_BYTES = 1 << 27
-"""Most float32 logits of one forward pass."""
-
-OnQuestions = Callable[[int, int], None]
-"""Called with (sequences done, sequences in all)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +120,7 @@ def score_probe(
     probe: str | Path | Sequence[Question],
     *,
     batch_tokens: int = BATCH_TOKENS,
-    on_questions: OnQuestions | None = None,
+    on_questions: OnSequences | None = None,
 ) -> ProbeScore:
     """The answers of `model` to the questions of `probe`, and how many are right.
 
@@ -152,7 +141,9 @@ def score_probe(
     _check_model(model)
     asked = [_asked(renderer, question) for question in questions]
     _check_lengths(model, questions, asked)
-    values = iter(_log_likelihoods(model, [*chain.from_iterable(asked)], batch_tokens, on_questions))
+    values = iter(
+        log_likelihoods(model, [*chain.from_iterable(asked)], batch_tokens=batch_tokens, on_sequences=on_questions)
+    )
     answers = tuple(_answer(question, tuple(next(values) for _ in question.choices)) for question in questions)
     names = sorted({answer.category for answer in answers})
     return ProbeScore(
@@ -170,7 +161,7 @@ def compare_probe(
     resamples: int = 2000,
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
-    on_questions: OnQuestions | None = None,
+    on_questions: OnSequences | None = None,
 ) -> ProbeChange:
     """The probe with the adapter of `model` switched off and on: before and after, from the same loaded weights.
 
@@ -221,24 +212,15 @@ def wilson_interval(right: int, rows: int, *, z: float = 1.959964) -> tuple[floa
 # ---- what is asked ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Asked:
-    """One choice behind its question, as tokens."""
-
-    given: tuple[int, ...]
-    """The question and all but the last token of the choice: what the model must see."""
-    choice: tuple[int, ...]
-
-
-def _asked(renderer: Renderer, question: Question) -> list[_Asked]:
+def _asked(renderer: Renderer, question: Question) -> list[Continuation]:
+    """Each choice behind its question, as tokens."""
     prompt = renderer.render_prompt([Message(role="user", text=question.text)])
     num_end = len(renderer.render_answer(""))
-    asked = []
+    asked: list[Continuation] = []
     for choice in question.choices:
         blank = " " if not renderer.template and _needs_blank(question.text) else ""
         ids = renderer.render_answer(blank + choice)
-        ids = ids[: len(ids) - num_end]
-        asked.append(_Asked(given=prompt + ids[:-1], choice=ids))
+        asked.append((prompt, ids[: len(ids) - num_end]))
     return asked
 
 
@@ -290,78 +272,14 @@ def _check_model(model: PreTrainedModel | PeftModel) -> None:
 
 
 def _check_lengths(
-    model: PreTrainedModel | PeftModel, questions: Sequence[Question], asked: Sequence[Sequence[_Asked]]
+    model: PreTrainedModel | PeftModel, questions: Sequence[Question], asked: Sequence[Sequence[Continuation]]
 ) -> None:
     limit = model.config.get_text_config().max_position_embeddings
     problems = []
     for question, choices in zip(questions, asked, strict=True):
-        longest = max(len(choice.given) for choice in choices)
+        longest = max(len(prompt) + len(choice) - 1 for prompt, choice in choices)
         if longest > limit:
             message = f"It takes {longest} of the model's {limit} positions."
             problems.append(Problem(source=question.source, field="question", message=message, fix="Shorten it."))
     if problems:
         raise DataError(f"{len(problems)} of {len(questions)} questions cannot be asked of this model.", problems)
-
-
-def _log_likelihoods(
-    model: PreTrainedModel | PeftModel, asked: Sequence[_Asked], batch_tokens: int, on_questions: OnQuestions | None
-) -> list[float]:
-    """The log-probability of each choice behind its question.
-
-    Choices that differ in their last token alone, as letters do, share one sequence.
-    """
-    sharing: dict[tuple[tuple[int, ...], int], list[int]] = {}
-    for place, one in enumerate(asked):
-        sharing.setdefault((one.given, len(one.choice)), []).append(place)
-    values = [0.0] * len(asked)
-    done = 0
-    for batch in _batches(sharing, batch_tokens, model.config.get_text_config().vocab_size):
-        keep = max(count for _, count in batch)
-        logits = _last_logits(model, [given for given, _ in batch], keep)
-        for row, key in zip(logits, batch, strict=True):
-            scores = row[keep - key[1] :].float()
-            norms = scores.logsumexp(-1)
-            for place in sharing[key]:
-                wanted = torch.tensor(asked[place].choice, device=scores.device)[:, None]
-                values[place] = float((scores.gather(1, wanted)[:, 0] - norms).sum())
-        done += len(batch)
-        if on_questions is not None:
-            on_questions(done, len(sharing))
-    return values
-
-
-def _batches(
-    sequences: Mapping[tuple[tuple[int, ...], int], object], batch_tokens: int, vocabulary: int
-) -> Iterator[list[tuple[tuple[int, ...], int]]]:
-    """Sequences in batches of alike length, within the limits of tokens and of logits."""
-    batch: list[tuple[tuple[int, ...], int]] = []
-    keep = 0
-    for given, count in sorted(sequences, key=lambda key: (len(key[0]), key)):
-        widest = max(keep, count)
-        tokens, logits = (len(batch) + 1) * len(given), (len(batch) + 1) * widest * vocabulary * 4
-        if batch and (tokens > batch_tokens or logits > LOGITS_BYTES):
-            yield batch
-            batch, widest = [], count
-        batch.append((given, count))
-        keep = widest
-    yield batch
-
-
-@torch.inference_mode()
-def _last_logits(model: PreTrainedModel | PeftModel, sequences: Sequence[tuple[int, ...]], keep: int) -> torch.Tensor:
-    """Logits ``[R, K, V]`` at the last `keep` positions of each of `sequences`, which are padded on the left."""
-    width = max(keep, *(len(sequence) for sequence in sequences))
-    padding = [width - len(sequence) for sequence in sequences]
-    ids = [[0] * left + list(sequence) for left, sequence in zip(padding, sequences, strict=True)]
-    columns = torch.arange(width, device=model.device)
-    left = torch.tensor(padding, device=model.device)[:, None]
-    output = model(
-        input_ids=torch.tensor(ids, device=model.device),
-        attention_mask=(columns >= left).long(),
-        position_ids=(columns - left).clamp_(min=0),
-        use_cache=False,
-        # An index, not a count: the slice of a count is not contiguous, and the head would copy its weight per row.
-        logits_to_keep=columns[width - keep :],
-    )
-    logits: torch.Tensor = output.logits
-    return logits
