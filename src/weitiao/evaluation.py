@@ -250,8 +250,8 @@ def _gold_losses(
     with counting(console, "loss of labels") as on_sequences:
         values = log_likelihoods(run.opened.model, list(pairs.values()), on_sequences=on_sequences)
     losses: list[float | None] = [None] * len(records)
-    for (place, (_, label)), value in zip(pairs.items(), values, strict=True):
-        losses[place] = -value / len(label)
+    for (place, (_, follows)), value in zip(pairs.items(), values, strict=True):
+        losses[place] = -value / len(follows)
     return losses
 
 
