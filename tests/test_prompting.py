@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
@@ -14,8 +14,11 @@ from shutil import copytree
 import pytest
 from rich.console import Console
 
+from weitiao.apply import predict_file
+from weitiao.data.neighbours import load_index
+from weitiao.data.record import Record
 from weitiao.dataset import Dataset, load_dataset
-from weitiao.errors import DataError, RecipeError
+from weitiao.errors import DataError, RecipeError, RunError
 from weitiao.evaluate.predict import Answerer, OnReply
 from weitiao.generate.chat import Reply
 from weitiao.generate.engine import Sampling
@@ -23,6 +26,8 @@ from weitiao.models.families import OpenModel, open_model
 from weitiao.prompting import labelled_limits, prompt_model, prompt_room, shot_sides
 from weitiao.recipe import Generate, Recipe, make_recipe
 from weitiao.render.template import TemplateRenderer
+from weitiao.tasks.base import Task
+from weitiao.tune import tune_model
 
 ROOT = Path(__file__).parents[1]
 ADVERTS = ROOT / "examples" / "job-adverts"
@@ -295,3 +300,40 @@ def test_the_answer_of_a_model_without_turns_ends_where_it_asks_itself_the_next_
     )
     given = {(line["prediction"], line["finish"]) for line in sides["1-shot"].lines}
     assert given == ({("答\n\nUser: 下一个", "length")} if opened.renderer.template else {("答", "stop")})
+
+
+# --- A tuned model that looks up ------------------------------------------------------------------------------------
+
+
+def test_a_run_that_looks_up_asks_as_it_learnt_and_cannot_do_without_its_rows(
+    tiny_qwen2_folder: Path, tmp_path: Path
+) -> None:
+    model = with_positions(tiny_qwen2_folder, tmp_path / "long", 4096)
+    recipe = make_recipe(
+        {
+            "name": "n",
+            "model": {"path": str(model), "dtype": "float32"},
+            "data": {"train": str(ADVERTS / "rows.jsonl"), "held_out": 0.25, "retrieve": 1, "max_length": 3000},
+            "train": {"epochs": 0.5, "evaluate_every": "never", "compile": "never"},
+        }
+    )
+    run = tune_model(recipe, runs=tmp_path / "runs", console=quiet())
+    train, dev = load_dataset(recipe).train, load_dataset(recipe).dev
+    kept = load_index(run.neighbours.read_bytes(), where="neighbours.jsonl")
+    assert len(kept) == len(train) == 12 and len(dev) == 4
+    asked: list[tuple[str, ...]] = []
+    answer = Answerer.answer
+
+    def watch(self: Answerer, records: Sequence[Record], tasks: Sequence[Task]) -> Iterator[Reply]:
+        asked.extend(tuple(turn.text for turn in record.messages) for record in records)
+        return answer(self, records, tasks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Answerer, "answer", watch)
+        predict_file(run.path, ADVERTS / "new.jsonl", tmp_path / "out.jsonl", console=quiet())
+    shown = {row.prompt: task.write_target(row) for row, task in zip(train, load_dataset(recipe).train_tasks)}
+    assert len(asked) == 4 and all(shown[example] == answer for example, answer, _ in asked)
+    assert all(line["valid"] or line["finish"] == "refused" for line in lines_of(tmp_path / "out.jsonl"))
+    run.neighbours.unlink()
+    with pytest.raises(RunError, match=r"neighbours\.jsonl is missing"):
+        predict_file(run.path, ADVERTS / "new.jsonl", tmp_path / "again.jsonl", console=quiet())
