@@ -6,8 +6,9 @@
 
 A worker is a fresh interpreter that imports what the function's module imports and nothing else: never the main
 program, so that scripts without a guard, notebooks and ``python -c`` are no trap; never torch, so that it takes little
-memory and starts in a tenth of a second. Parts and results are pickled, the function by its name. What a function raises is raised
-in the caller. Ctrl-C ends the workers with their parent; so does the parent's death, whatever its cause.
+memory and starts in a tenth of a second. Parts and results are pickled, the function by its name. What a function
+raises is raised in the caller. Ctrl-C ends the workers with their parent; so does the parent's death, whatever its
+cause.
 
 Knows nothing of what is worked on.
 """
