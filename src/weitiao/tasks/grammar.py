@@ -29,7 +29,7 @@ MAX_DEPTH = 3
 """Deepest nesting of lists and objects where no label shows one."""
 LEXER_FUEL = 100_000_000
 """What an engine must be allowed to spend on reading a grammar and on one mask (`LLParserLimits`): with its default of
-200,000 a mask inside a value copied from a text of 2,000 characters fails."""
+200,000 the first mask of a value copied from a text of 1,500 characters fails."""
 LEAST_SLACK = 16
 """A string may be twice as long as the longest labelled one, and at least so many characters longer."""
 MORE_DIGITS = 2
