@@ -20,6 +20,7 @@ from .contract import Contract
 from .data.neighbours import load_index
 from .data.reading import Said, read_like
 from .data.records import Record, digest_records
+from .dataset import assign_tasks
 from .errors import DataError, Problem, RunError
 from .evaluate.abstain import route
 from .evaluate.calibration import CALIBRATION_FILE, RunCalibration
@@ -29,7 +30,7 @@ from .models.families import OpenModel, open_model
 from .render.fitting import shorten_record
 from .render.shots import add_neighbours
 from .runs import RunFolder
-from .tasks.base import Task, assign_task
+from .tasks.base import Task
 
 
 def open_run(path: str | Path, *, base_model: str | None = None) -> tuple[RunFolder, Contract, OpenModel]:
@@ -72,11 +73,7 @@ class RunInUse:
 
     def assign(self, records: Sequence[Record]) -> list[Task]:
         """The task of every record. Raises DataError naming every record that fits none."""
-        found = [assign_task(record, self.tasks) for record in records]
-        problems = [task for task in found if isinstance(task, Problem)]
-        if problems:
-            raise DataError(f"{len(problems)} of {len(records)} rows fit none of the run's tasks.", problems)
-        return [task for task in found if isinstance(task, Task)]
+        return assign_tasks(records, self.tasks)
 
     def answerer(self, *, constrain: bool | None = None) -> Answerer:
         """The model as the contract says, or held to the forms of answers or not as `constrain` says."""

@@ -170,6 +170,15 @@ def stratum(record: Record, tasks: Sequence[Task]) -> str:
     return describe_stratum(task, gold if isinstance(gold, list) else [gold])
 
 
+def assign_tasks(records: Sequence[Record], tasks: Sequence[Task]) -> list[Task]:
+    """The task of every record among `tasks`. Raises DataError naming every record that fits none."""
+    found = [assign_task(record, tasks) for record in records]
+    problems = [task for task in found if isinstance(task, Problem)]
+    if problems:
+        raise DataError(f"{len(problems)} of {len(records)} rows fit none of the tasks.", problems)
+    return [task for task in found if isinstance(task, Task)]
+
+
 def _place(problem: Problem) -> tuple[str, int]:
     path, _, line = problem.source.rpartition(":")
     number = line.removeprefix("row ").strip()

@@ -23,7 +23,9 @@ def look_up(recipe: Recipe, dataset: Dataset, renderer: Renderer) -> tuple[Datas
     fingerprint is that of the rows as they are shown.
     """
     index = NeighbourIndex.build(dataset.train, groups=[task.name for task in dataset.train_tasks])
-    limits = labelled_limits(dataset.train, dataset.train_tasks, renderer, recipe.generate)
+    limits = labelled_limits(
+        [*dataset.train, *dataset.dev], [*dataset.train_tasks, *dataset.dev_tasks], renderer, recipe.generate
+    )
     room = {name: recipe.data.max_length - limit for name, limit in limits.items()}
     k = recipe.data.retrieve
     train = add_neighbours(

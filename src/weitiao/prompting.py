@@ -23,8 +23,8 @@ from rich.console import Console
 from .data.neighbours import NeighbourIndex
 from .data.reading import describe_sources, read_like
 from .data.records import Record, digest_records
-from .dataset import Dataset, load_dataset, read_options
-from .errors import DataError, Problem
+from .dataset import Dataset, assign_tasks, load_dataset, read_options
+from .errors import DataError
 from .evaluate.predict import Answerer, OnReply, predict_rows
 from .generate.chat import Reply
 from .generate.engine import Sampling
@@ -32,7 +32,7 @@ from .models.families import OpenModel, open_model
 from .recipe import Generate, Recipe
 from .render.base import Renderer
 from .render.shots import ShotRows, add_neighbours, add_shots
-from .tasks.base import Task, assign_task
+from .tasks.base import Task
 from .tasks.choosing import choose_shots
 
 LEAST_LIMIT = 32
@@ -270,8 +270,4 @@ def _read(recipe: Recipe, dataset: Dataset, rows: str | Path) -> tuple[list[Reco
     """The rows of a file, read as the recipe's train rows are, and their tasks."""
     kept = describe_sources([(source.path, read_options(source, recipe.data)) for source in recipe.data.train])
     records = read_like(kept, rows, require_target=False)
-    found = [assign_task(record, dataset.tasks) for record in records]
-    problems = [task for task in found if isinstance(task, Problem)]
-    if problems:
-        raise DataError(f"{len(problems)} of {len(records)} rows fit none of the recipe's tasks.", problems)
-    return records, [task for task in found if isinstance(task, Task)]
+    return records, assign_tasks(records, dataset.tasks)
