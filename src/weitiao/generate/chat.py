@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..messages import Message
 from ..render.base import Renderer, Tools
-from .constraint import Constraint, compiler_of
+from .constraint import Constraint, compiler_of, end_text
 from .engine import Generation, Sampling, generate
 
 
@@ -75,7 +75,8 @@ def reply_all(
         constraints=None if grammars is None else _compile(grammars, model, renderer),
         max_rows=max_rows,
     )
-    return (_read(done, renderer) for done in generations)
+    held = [grammar is not None for grammar in grammars] if grammars is not None else [False] * len(prompts)
+    return (_read(done, renderer, held=held[done.index]) for done in generations)
 
 
 def _compile(
@@ -90,11 +91,16 @@ def _compile(
     return [None if grammar is None else compiled[grammar] for grammar in grammars]
 
 
-def _read(done: Generation, renderer: Renderer) -> Reply:
-    # With its stop token, so that what the chat format writes between an answer and that token is known for what it is.
+def _read(done: Generation, renderer: Renderer, *, held: bool) -> Reply:
+    """The reply of a finished generation; `held` says whether by a grammar."""
     stop = renderer.stop_ids[:1] if done.finish == "stop" else ()
     refused = done.finish == "refused"
-    text = "" if refused else renderer.read_answer((*done.token_ids, *stop))
+    if refused:
+        text = ""
+    elif held:  # the grammar made it end in what the chat format writes before the stop token, in whatever tokens
+        text = renderer.read_answer(done.token_ids).removesuffix(end_text(renderer))
+    else:  # with its stop token, so that what the chat format writes before that one is known for what it is
+        text = renderer.read_answer((*done.token_ids, *stop))
     tokens: list[tuple[int, int, float]] = []
     if not refused:
         spans = token_spans(renderer, done.token_ids, text)

@@ -186,10 +186,15 @@ def compiler_of(renderer: Renderer, vocab_size: int) -> ConstraintCompiler:
         tokenizer,
         vocab_size=vocab_size,
         stop_ids=renderer.stop_ids,
-        end_text=renderer.read_answer(end_ids[:-1]),
+        end_text=end_text(renderer),
         encode=lambda text: renderer.render_answer(text)[: -len(end_ids)],
         control_ids=[i for i, token in added if token.content.strip() and token.content in renderer.template],
     )
+
+
+def end_text(renderer: Renderer) -> str:
+    """What stands between every answer of this chat format and its stop token; nothing, as a rule."""
+    return renderer.read_answer(renderer.render_answer("")[:-1])
 
 
 class _Vocabulary:
