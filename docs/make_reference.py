@@ -3,7 +3,7 @@
     python docs/make_reference.py            write docs/reference/
     python docs/make_reference.py --check    write nothing; exit with 1 when a page differs from the code
 
-The words on the pages are those of `recipe.py` and `cli.py`; this script knows their layout only.
+The words on the pages are those of `recipe.py` and `cli/`; this script knows their layout only.
 """
 
 from __future__ import annotations
@@ -133,9 +133,10 @@ def commands_page() -> str:
     assert isinstance(group, typer.core.TyperGroup), "the command line has verbs"
     parts = [
         "# The commands",
-        "Written by `docs/make_reference.py` from `src/weitiao/cli.py`; do not edit.",
-        "A user's mistake is printed as a sentence and ends with code 2, Ctrl-C with code 130. A Python traceback is a "
-        "fault of weitiao's own: please report it. `weitiao VERB --help` prints the same as this page.",
+        "Written by `docs/make_reference.py` from `src/weitiao/cli/`; do not edit.",
+        "Verbs about rows come first, then verbs about models. A user's mistake is printed as a sentence and ends with "
+        "code 2, Ctrl-C with code 130. A Python traceback is a fault of weitiao's own: please report it. "
+        "`weitiao VERB --help` prints the same as this page.",
     ]
     for name, command in group.commands.items():
         arguments = [param for param in command.params if isinstance(param, TyperArgument)]
