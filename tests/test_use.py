@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from weitiao.apply import RunInUse, open_run
 from weitiao.cli import app
@@ -192,7 +191,7 @@ def test_a_metric_of_ones_own_may_choose_the_best_step(work: Path, tiny_qwen2_fo
 def test_a_row_without_anything_to_copy_is_refused_and_the_others_are_answered(work: Path) -> None:
     run = RunInUse.of(open_run("runs/train"))
     first, second = read_records(work / "dev.jsonl")[:2]
-    empty = replace(first, text="")
+    empty = replace(first, text="", text_span=None)
     replies = {reply.index: reply for reply in run.answerer().answer([empty, second], run.assign([empty, second]))}
     assert replies[0].finish == "refused"
     assert "copied" in replies[0].refusal
