@@ -4,12 +4,16 @@ runs/NAME/
 ├── recipe.yaml         the resolved recipe
 ├── environment.json    machine and versions
 ├── data.json           rows, tasks and fingerprints of the data
+├── label_counts.json   how often each label stands in the train rows
+├── metric_files/       copies of the user's own metrics, never run from here
+├── neighbours.jsonl    the train rows shown as examples, where the recipe says so
 ├── metrics.jsonl       one line per log, one per scoring
 ├── curve.png           loss and scores
 ├── checkpoints/        step-000123/ …, everything needed to go on
 ├── best/               the adapter with the best dev score so far
 ├── adapter/            the tuned adapter, its tokenizer
 ├── contract.json       what the tuned model promises
+├── calibration.json    from confidence to how often right, once evaluated
 └── evaluations/SET/    predictions and reports
 """
 
