@@ -18,13 +18,14 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import GrammarError, ModelError
 from ..render.base import Renderer
+from ..tasks.grammar import LEXER_FUEL
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -42,7 +43,7 @@ class ConstraintCompiler:
         *,
         vocab_size: int,
         stop_ids: Sequence[int],
-        end_text: str = "",
+        end_ids: Sequence[int] = (),
         encode: Encode | None = None,
         control_ids: Collection[int] = (),
     ) -> None:
@@ -51,7 +52,7 @@ class ConstraintCompiler:
             tokenizer: any fast tokenizer with byte-level BPE, or with blanks written as ``▁`` and bytes as ``<0x0A>``.
             vocab_size: number of scores that the model gives; tokens beyond it do not exist.
             stop_ids: tokens that end an answer; the first is the one written where nothing else can follow.
-            end_text: what stands between every answer and its stop token, such as the blank of Llama 2.
+            end_ids: tokens that training writes between every answer and its stop token, such as the blank of Llama 2.
             encode: token ids of a text as training writes it in an answer; by default the tokenizer's own.
             control_ids: further tokens that are never text, besides the tokenizer's special ones.
 
@@ -60,7 +61,7 @@ class ConstraintCompiler:
         """
         self.stop_ids = tuple(stop_ids)
         self.vocab_size = vocab_size
-        self.end_text = end_text
+        self.end_ids = tuple(end_ids)
         added = tokenizer.added_tokens_decoder
         never_text = {i for i, token in added.items() if token.special} | {*control_ids, *stop_ids}
         never_text |= set(tokenizer.all_special_ids)
@@ -85,7 +86,8 @@ class ConstraintCompiler:
         Raises:
             GrammarError: it cannot be compiled; the text says where.
         """
-        matcher = LLMatcher(self._tokens, self._with_end(lark), log_level=0)
+        limits = LLParserLimits(initial_lexer_fuel=LEXER_FUEL, step_lexer_fuel=LEXER_FUEL)
+        matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(lark), log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarError(f"The answer's grammar cannot be compiled: {_first_lines(matcher.get_error())}")
         return Constraint(self, matcher, [])
@@ -93,12 +95,6 @@ class ConstraintCompiler:
     def text_bytes(self, token_ids: Sequence[int]) -> bytes:
         """The bytes of tokens that are text."""
         return b"".join(self._bytes[i] or b"" for i in token_ids)
-
-    def _with_end(self, lark: str) -> str:
-        if not self.end_text:
-            return LLMatcher.grammar_from_lark(lark)
-        outer = f"start: @answer {json.dumps(self.end_text)}"
-        return json.dumps({"grammars": [{"lark_grammar": outer}, {"name": "answer", "lark_grammar": lark}]})
 
     def _encode_exactly(self, text: str) -> list[int]:
         """The tokens of `text` as in training; where these spell another text (a tokenizer that normalises), others."""
@@ -109,16 +105,19 @@ class ConstraintCompiler:
 class Constraint:
     """Where one answer stands in its grammar."""
 
-    __slots__ = ("_compiler", "_matcher", "_written")
+    __slots__ = ("_compiler", "_matcher", "_num_end", "_written")
 
-    def __init__(self, compiler: ConstraintCompiler, matcher: LLMatcher, written: list[int]) -> None:
+    def __init__(self, compiler: ConstraintCompiler, matcher: LLMatcher, written: list[int], num_end: int = 0) -> None:
         self._compiler = compiler
         self._matcher = matcher
         self._written = written
+        self._num_end = num_end
+        """How many of the tokens between answer and stop token are written. They are no part of the grammar: behind one
+        that may end in blanks, its parser would look for a blank's end for ever."""
 
     def fork(self) -> Constraint:
         """A copy that goes its own way; takes microseconds, where compiling takes milliseconds."""
-        return Constraint(self._compiler, self._matcher.deep_copy(), list(self._written))
+        return Constraint(self._compiler, self._matcher.deep_copy(), list(self._written), self._num_end)
 
     def forced(self) -> list[int]:
         """The tokens that must come next, as training would tokenise them; empty where there is a choice.
@@ -126,17 +125,18 @@ class Constraint:
         Where the grammar can only end, that is the stop token. A token whose first bytes are forced, but which could
         be longer, is not.
         """
-        tokens = self._matcher.compute_ff_tokens()
-        if tokens or not self.ended:
+        tokens: list[int] = [] if self._num_end else self._matcher.compute_ff_tokens()
+        if tokens or not (self._num_end or self.ended):
             return tokens
-        return [self._compiler.stop_ids[0]]
+        return [*self._compiler.end_ids[self._num_end :], self._compiler.stop_ids[0]]
 
     def allowed(self) -> NDArray[np.int64]:
         """The ids that may come next, in rising order; stop tokens where the answer may end, none after an error."""
         if self._matcher.is_error():
             return np.empty(0, np.int64)
-        if self.ended:
-            return np.array(sorted(self._compiler.stop_ids))
+        if self._num_end or self.ended:
+            rest = self._compiler.end_ids[self._num_end :]
+            return np.array(rest[:1] or sorted(self._compiler.stop_ids))
         words = np.zeros((self._compiler.vocab_size + 31) // 32, np.int32)
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         if self._matcher.is_error():
@@ -144,19 +144,35 @@ class Constraint:
         filled = np.flatnonzero(words)  # most words of a mask are empty
         bits = np.unpackbits(words[filled].view(np.uint8), bitorder="little").reshape(-1, 32)
         places, offsets = np.nonzero(bits)
-        return filled[places] * 32 + offsets
+        ids = filled[places] * 32 + offsets
+        if not self._compiler.end_ids or not self._matcher.is_accepting():
+            return ids
+        return np.union1d(np.setdiff1d(ids, self._compiler.stop_ids), self._compiler.end_ids[:1])
 
     def advance(self, token: int) -> bool:
         """Go on by `token`, which is no stop token; False where the grammar refuses it (see `why`)."""
-        if not self._matcher.consume_token(token):
+        if self._ends_with(token):
+            self._num_end += 1
+        elif self._num_end or not self._matcher.consume_token(token):
             return False
         self._written.append(token)
         return True
 
+    def _ends_with(self, token: int) -> bool:
+        """Whether `token` is the next of those between answer and stop token, and cannot belong to the answer."""
+        rest = self._compiler.end_ids[self._num_end :]
+        if not rest or token != rest[0]:
+            return False
+        return (
+            self._num_end > 0
+            or self.ended
+            or (self._matcher.is_accepting() and not self._matcher.validate_tokens([token]))
+        )
+
     @property
     def accepting(self) -> bool:
-        """Whether the answer may end here."""
-        return self._matcher.is_accepting()
+        """Whether the stop token may stand here: the answer may end, and what belongs between is written."""
+        return self._matcher.is_accepting() and self._num_end == len(self._compiler.end_ids)
 
     @property
     def ended(self) -> bool:
@@ -186,7 +202,7 @@ def compiler_of(renderer: Renderer, vocab_size: int) -> ConstraintCompiler:
         tokenizer,
         vocab_size=vocab_size,
         stop_ids=renderer.stop_ids,
-        end_text=end_text(renderer),
+        end_ids=end_ids[:-1],
         encode=lambda text: renderer.render_answer(text)[: -len(end_ids)],
         control_ids=[i for i, token in added if token.content.strip() and token.content in renderer.template],
     )
