@@ -153,7 +153,7 @@ class Constraint:
         """Go on by `token`, which is no stop token; False where the grammar refuses it (see `why`)."""
         if self._ends_with(token):
             self._num_end += 1
-        elif self._num_end or not self._matcher.consume_token(token):
+        elif not self._matcher.consume_token(token) or self._num_end:
             return False
         self._written.append(token)
         return True

@@ -77,7 +77,8 @@ def _batches(
             batch, widest = [], count
         batch.append((given, count))
         keep = widest
-    yield batch
+    if batch:
+        yield batch
 
 
 @torch.inference_mode()
