@@ -35,6 +35,8 @@ bench: demo
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/spo_and_topics.py
 	$(BIN)/python benchmarks/generate_speed.py --model runs/demo --data examples/starter/heldout.jsonl
+	$(BIN)/python benchmarks/constrained_speed.py runs/demo examples/starter/heldout.jsonl
+	$(BIN)/python benchmarks/data_speed.py --rows 1000000
 
 docs: install
 	$(BIN)/python docs/make_reference.py

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from weitiao.apply import RunInUse, open_run
 from weitiao.cli import app
 from weitiao.data.records import read_records
+from weitiao.evaluate import predict as predict_module
 from weitiao.tasks.base import Task
 from weitiao.train import plan as plan_module
 
@@ -125,6 +126,15 @@ def test_the_base_model_is_scored_as_it_can_be_prompted(work: Path) -> None:
 
 def test_shots_that_are_no_numbers_are_refused(work: Path) -> None:
     assert "--shots is 'many'" in refuse("evaluate", "runs/train", "--shots", "many")
+
+
+def test_rows_made_ready_in_parts_get_the_same_answers(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    succeed("predict", "runs/train", "dev.jsonl", "-o", "whole.jsonl")
+    monkeypatch.setattr(predict_module, "CHUNK_ROWS", 5)
+    succeed("predict", "runs/train", "dev.jsonl", "-o", "parts.jsonl")
+    whole, parts = (read_lines(work / f"{name}.jsonl") for name in ("whole", "parts"))
+    assert [line["prediction"] for line in parts] == [line["prediction"] for line in whole]
+    assert [line["source"] for line in parts] == [line["source"] for line in whole]
 
 
 def test_low_confidences_go_to_a_person(work: Path) -> None:

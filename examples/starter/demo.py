@@ -24,7 +24,7 @@ def weitiao(*arguments: str) -> None:
 
 
 def main() -> None:
-    """Check, train, evaluate, predict."""
+    """Check, train, evaluate."""
     started = time.monotonic()
     recipe = str(HERE.relative_to(ROOT) / "recipe.yaml")
     weitiao("check", recipe)

@@ -26,6 +26,11 @@ from ..tasks.grammar import form_grammar
 from .confidence import answer_confidence, field_confidences
 from .prediction import FieldConfidence, Prediction
 
+CHUNK_ROWS = 4096
+"""So many rows are made ready together: each has a grammar of its own, of the size of its text."""
+_SEED_STEP = 1_000_003
+"""Between the seeds of two such parts, so that their rows draw differently."""
+
 OnReply = Callable[[int, int], None]
 """Called with (replies so far, replies in all)."""
 
@@ -48,6 +53,13 @@ class Answerer:
 
         A record whose text allows no answer of the form is refused without being asked.
         """
+        for number, start in enumerate(range(0, len(records), CHUNK_ROWS)):
+            part = slice(start, start + CHUNK_ROWS)
+            sampling = replace(self.sampling, seed=self.sampling.seed + number * _SEED_STEP)
+            for reply in self._answer_part(records[part], tasks[part], sampling):
+                yield replace(reply, index=start + reply.index)
+
+    def _answer_part(self, records: Sequence[Record], tasks: Sequence[Task], sampling: Sampling) -> Iterator[Reply]:
         asked: list[int] = []
         grammars: list[str | None] = []
         for place, (record, task) in enumerate(zip(records, tasks, strict=True)):
@@ -60,7 +72,7 @@ class Answerer:
             self.model,
             self.renderer,
             [records[place].messages for place in asked],
-            sampling=self.sampling,
+            sampling=sampling,
             tools=[records[place].tools for place in asked],
             limits=[self.answer_limits[tasks[place].name] for place in asked],
             grammars=grammars,
