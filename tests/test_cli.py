@@ -13,17 +13,14 @@ from typing import Any
 
 import jsonschema
 import pytest
-import torch
 import yaml
-from click.testing import Result
 from typer.main import get_command
-from typer.testing import CliRunner
 
+from command_line import light_training, read_lines, refuse, run_cli, succeed, write_rows
 from weitiao.cli import app
 from weitiao.evaluate import predict as predict_module
 from weitiao.generate.chat import Reply
 from weitiao.recipe import load_recipe
-from weitiao.train import plan as plan_module
 
 VERBS = {
     "init": "write a commented recipe",
@@ -43,47 +40,14 @@ LABELS = ("体育", "科技", "财经")
 NUM_DEV = 2
 
 
-def run_cli(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def succeed(*arguments: object) -> str:
-    """What the command printed on stdout, having ended with code 0."""
-    result = run_cli(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
-
-
-def refuse(*arguments: object) -> str:
-    """The sentences on stderr of a command that ended with code 2."""
-    result = run_cli(*arguments)
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    return result.stderr
-
-
 def context(text: str) -> str:
     return f"Instruction: 回答。\nInput: 选一个标签。\n\n{text}\nAnswer: "
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def lighter_work() -> Iterator[None]:
-    """One thread, and no measuring of the machine's speed: tiny models do not gain by either."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "_matrix_peak", lambda dtype, device: 1e10)
+    with light_training():
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -10,34 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from typer.testing import CliRunner, Result
 
+from command_line import light_training, read_lines, refuse, succeed, write_rows
 from weitiao.apply import RunInUse, open_run
-from weitiao.cli import app
 from weitiao.data.records import read_records
 from weitiao.evaluate import predict as predict_module
 from weitiao.tasks.base import Task
-from weitiao.train import plan as plan_module
 
 NAMES = ("王安", "李白川", "赵东", "钱方", "孙光", "周海", "吴江", "郑林", "陈明", "卫宁", "蒋平", "沈清")
 TOWNS = ("北京", "上海", "成都", "西安")
-
-
-def run_cli(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def succeed(*arguments: object) -> str:
-    result = run_cli(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
-
-
-def refuse(*arguments: object) -> str:
-    result = run_cli(*arguments)
-    assert result.exit_code == 2, result.output
-    return result.stderr
 
 
 def rows_of(names: tuple[str, ...], towns: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -51,23 +32,10 @@ def rows_of(names: tuple[str, ...], towns: tuple[str, ...]) -> list[dict[str, An
     ]
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def lighter_work() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "_matrix_peak", lambda dtype, device: 1e10)
+    with light_training():
         yield
-    torch.set_num_threads(before)
 
 
 def train(folder: Path, model: Path, *more: str) -> None:

@@ -1,0 +1,55 @@
+"""The command line run inside a test: what it printed, and rows for it on the disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from weitiao.cli import app
+from weitiao.train import plan as plan_module
+
+
+def run_cli(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def succeed(*arguments: object) -> str:
+    """What the command printed on stdout, having ended with code 0."""
+    result = run_cli(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def refuse(*arguments: object) -> str:
+    """The sentences on stderr of a command that ended with code 2."""
+    result = run_cli(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@contextmanager
+def light_training() -> Iterator[None]:
+    """One thread, and no measuring of the machine's speed: tiny models do not gain by either."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "_matrix_peak", lambda dtype, device: 1e10)
+        yield
+    torch.set_num_threads(before)
