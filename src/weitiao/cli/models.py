@@ -126,17 +126,18 @@ def _down(share: float) -> str:
 
 
 def _print_scores(evaluation: Evaluation) -> None:
-    table = Table("task", "rows", "metric", *evaluation.sides, "95 %", "in form")
-    for score in evaluation.tuned:
-        if not score.rows:
+    table = Table("task", "rows", "metric", "model", "score", "95 %", "in form")
+    for tuned in evaluation.tuned:
+        if not tuned.rows:
             continue
-        low, high = score.intervals.get(score.primary, (float("nan"), float("nan")))
-        figures = [
-            next(f"{one.metrics[one.primary]:.3f}" for one in scores if one.task == score.task)
-            for scores in evaluation.sides.values()
-        ]
-        valid = f"{score.metrics['valid']:.1%}"
-        table.add_row(score.task, str(score.rows), score.primary, *figures, f"{low:.3f}–{high:.3f}", valid)
+        first = (tuned.task, str(tuned.rows), tuned.primary)
+        for side, scores in evaluation.sides.items():
+            score = next(one for one in scores if one.task == tuned.task)
+            low, high = score.intervals.get(score.primary, (float("nan"), float("nan")))
+            figure, valid = f"{score.metrics[score.primary]:.3f}", f"{score.metrics['valid']:.1%}"
+            table.add_row(*first, side, figure, f"{low:.3f}–{high:.3f}", valid)
+            first = ("", "", "")
+        table.add_section()
     out.print(table, soft_wrap=False)
     for task, calibration in evaluation.calibration.items():
         kept = [row for row in calibration.table if row.precision_kept >= 0.95]
