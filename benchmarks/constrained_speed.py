@@ -1,6 +1,6 @@
 """What holding answers to their form costs and saves: a tuned run's greedy answers, free and constrained.
 
-    python benchmarks/constrained_speed.py RUN_FOLDER DATA [--rows 100] [--turns 2] [--batch 48]
+    python benchmarks/constrained_speed.py RUN_FOLDER DATA [--rows 100] [--turns 2] [--batch 48] [--dtype float32]
 
 Both sides answer the same rows and take turns in one process, so that a machine that slows down slows both. For each
 task: calls of the model per answer (without the prompt's), the share of answers in the labelled form, the primary
@@ -31,7 +31,7 @@ from weitiao.errors import FormError
 from weitiao.generate.chat import Reply, reply_all
 from weitiao.generate.constraint import compiler_of
 from weitiao.generate.engine import Sampling
-from weitiao.models.families import OpenModel
+from weitiao.models.families import OpenModel, open_model
 from weitiao.tasks.base import Task, add_counts, assign_task
 from weitiao.tasks.grammar import form_grammar
 
@@ -82,10 +82,14 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--turns", type=int, default=2, help="how often each side answers all rows")
+    parser.add_argument(
+        "--dtype",
+        help="of the weights, by default as in training; float32 scores without bfloat16's rounding",
+    )
     parser.add_argument("--batch", type=int, default=48, help="rows that run together")
     args = parser.parse_args()
 
-    asked = read_rows(args.run, args.data, args.rows, args.batch)
+    asked = read_rows(args.run, args.data, args.rows, args.batch, args.dtype)
     print(
         f"{args.run}, {len(asked.records)} rows of {args.data}, {args.batch} together, "
         f"{torch.get_num_threads()} threads"
@@ -108,9 +112,11 @@ def main() -> int:
     return int(bool(missed))
 
 
-def read_rows(run: Path, data: Path, count: int, batch: int) -> Asked:
+def read_rows(run: Path, data: Path, count: int, batch: int, dtype: str | None) -> Asked:
     """The first `count` rows of `data` whose task the run knows and whose answers have a form."""
-    _, contract, opened = open_run(run)
+    folder, contract, opened = open_run(run)
+    if dtype is not None:
+        opened = open_model(contract.base, adapter=folder.adapter, dtype=dtype)
     known = [Task.from_json(task) for task in contract.tasks]
     pairs = [(record, assign_task(record, known)) for record in read_like(contract.reading, data)[:count]]
     formed = [(record, task) for record, task in pairs if isinstance(task, Task) and task.form.shape != "text"]

@@ -40,8 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {"errors", "messages", "tasks", "render", "models"},
     "evaluate": {"errors", "messages", "data", "tasks", "render", "runs", "visible", "generate"},
 }
-TOP = {"tune", "token_cache", "preparation", "dev_scoring", "lookup", "probe", "apply", "evaluation", "prompting",
-       "cli", "__init__", "__main__"}  # fmt: skip
+TOP = {"tune", "token_cache", "preparation", "decoding", "dev_scoring", "lookup", "probe", "apply", "evaluation",
+       "prompting", "cli", "__init__", "__main__"}  # fmt: skip
 """They bring everything together; nothing imports them but each other."""
 
 WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "contract", "recipe", "dataset",

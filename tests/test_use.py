@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from command_line import light_training, read_lines, refuse, succeed, write_rows
+from command_line import light_training, read_lines, refuse, run_cli, succeed, write_rows
 from weitiao.apply import RunInUse, open_run
 from weitiao.data.records import read_records
 from weitiao.evaluate import predict as predict_module
@@ -94,6 +94,20 @@ def test_the_base_model_is_scored_as_it_can_be_prompted(work: Path) -> None:
 
 def test_shots_that_are_no_numbers_are_refused(work: Path) -> None:
     assert "--shots is 'many'" in refuse("evaluate", "runs/train", "--shots", "many")
+
+
+def test_keys_of_rows_that_answers_hide_are_named(work: Path) -> None:
+    write_rows(work / "own.jsonl", [{**row, "confidence": "high", "id": 7} for row in rows_of(NAMES[:1], TOWNS[:1])])
+    result = run_cli("predict", "runs/train", "own.jsonl", "-o", "answers.jsonl")
+    assert "note: rows have confidence of their own" in result.stderr
+    [line] = read_lines(work / "answers.jsonl")
+    assert line["id"] == 7
+
+
+def test_a_figure_that_can_choose_nothing_is_refused(work: Path) -> None:
+    sentence = refuse("train", "recipe.yaml", "name=never", "train.evaluate_every=never", "evaluate.best_by=objects.f1")
+    assert "no rows are scored while training" in sentence
+    assert not (work / "runs/never").exists()
 
 
 def test_rows_made_ready_in_parts_get_the_same_answers(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

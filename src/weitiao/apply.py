@@ -24,7 +24,7 @@ from .dataset import assign_tasks
 from .errors import DataError, Problem, RunError
 from .evaluate.abstain import route
 from .evaluate.calibration import CALIBRATION_FILE, RunCalibration
-from .evaluate.predict import Answerer, OnReply, predict_rows
+from .evaluate.predict import OWN_KEYS, Answerer, OnReply, predict_rows
 from .generate.engine import Sampling
 from .models.families import OpenModel, open_model
 from .render.fitting import shorten_record
@@ -208,6 +208,13 @@ def predict_file(
         who = route(confidence=told["confidence"], valid=told["valid"], threshold=threshold)
         return {**told, "route": who}
 
+    written = OWN_KEYS if threshold is not None else OWN_KEYS - {"route"}
+    hidden = sorted({key for record in records for key in record.raw if key in written})
+    if hidden:
+        console.print(
+            f"note: rows have {', '.join(hidden)} of their own; in {out} these keys hold what is said of the answers.",
+            soft_wrap=True,
+        )
     asked = run.prepare(records, tasks, console)
     with counting(console, "predicting") as on_reply:
         key = run.key(asked, "predict")

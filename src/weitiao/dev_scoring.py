@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from .decoding import sampling_of
 from .evaluate.best import choose_figure
 from .evaluate.predict import Answerer, as_prediction, read_reply
 from .evaluate.score import score_side
 from .evaluate.user_metrics import UserMetric, measure_rows
-from .generate.engine import Sampling, cache_bytes
+from .generate.engine import cache_bytes
 from .models.adapters import base_model
 from .preparation import Prepared
-from .recipe import Generate, Recipe
+from .recipe import Recipe
 from .train.loop import OnEval, Scoring
 
 
@@ -64,14 +65,3 @@ def make_on_eval(recipe: Recipe, prepared: Prepared, metrics: Sequence[UserMetri
         )
 
     return on_eval
-
-
-def sampling_of(settings: Generate, limits: Mapping[str, int]) -> Sampling:
-    """How the recipe says that tokens are chosen; at most as many as the longest answer of any task may have."""
-    return Sampling(
-        max_new_tokens=max(limits.values()),
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        seed=settings.seed,
-    )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .data.neighbours import NeighbourIndex
 from .dataset import Dataset, load_dataset
+from .decoding import answer_limit
 from .errors import DataError, RecipeError
 from .lookup import look_up
 from .models.families import OpenModel, open_model
@@ -169,6 +170,5 @@ def _answer_limits(
             for num_answer, place in zip(answers_of(rows.examples), rows.rows, strict=True)
             if tasks[place] is task
         ]
-        auto = max(32, 3 * max(lengths, default=0) // 2)
-        limits[task.name] = auto if settings.max_new_tokens == "auto" else settings.max_new_tokens
+        limits[task.name] = answer_limit(settings, max(lengths, default=0))
     return limits

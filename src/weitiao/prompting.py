@@ -24,19 +24,16 @@ from .data.neighbours import NeighbourIndex
 from .data.reading import describe_sources, read_like
 from .data.records import Record, digest_records
 from .dataset import Dataset, assign_tasks, load_dataset, read_options
+from .decoding import answer_limit, sampling_of
 from .errors import DataError
 from .evaluate.predict import Answerer, OnReply, predict_rows
 from .generate.chat import Reply
-from .generate.engine import Sampling
 from .models.families import OpenModel, open_model
 from .recipe import Generate, Recipe
 from .render.base import Renderer
 from .render.shots import ShotRows, add_neighbours, add_shots
 from .tasks.base import Task
 from .tasks.choosing import choose_shots
-
-LEAST_LIMIT = 32
-"""Tokens that every answer may have."""
 
 _SPARE_SHOTS = 4
 """Examples chosen beyond those shown, for rows that are near repeats of one of them."""
@@ -165,8 +162,7 @@ def labelled_limits(
         if (task.name, answer) not in written:
             written[task.name, answer] = len(renderer.render_answer(answer))
         longest[task.name] = max(longest.get(task.name, 0), written[task.name, answer])
-    most = settings.max_new_tokens
-    return {name: max(LEAST_LIMIT, 3 * count // 2) if most == "auto" else most for name, count in longest.items()}
+    return {name: answer_limit(settings, count) for name, count in longest.items()}
 
 
 def prompt_room(answerer: Answerer) -> dict[str, int]:
@@ -253,13 +249,7 @@ def _answerer(settings: Generate, dataset: Dataset, opened: OpenModel) -> Answer
     return Answerer(
         model=opened.model,
         renderer=opened.renderer,
-        sampling=Sampling(
-            max_new_tokens=max(limits.values()),
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            seed=settings.seed,
-        ),
+        sampling=sampling_of(settings, limits),
         answer_limits=limits,
         batch_rows=settings.batch_rows,
         constrain=settings.constrain,

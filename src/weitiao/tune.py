@@ -12,9 +12,11 @@ from rich.console import Console
 from .contract import Contract
 from .data.reading import describe_sources
 from .dataset import Dataset, read_options
-from .dev_scoring import make_on_eval, sampling_of, scoring_bytes
+from .decoding import sampling_of
+from .dev_scoring import make_on_eval, scoring_bytes
 from .environment import environment
-from .evaluate.best import rehearse, require_figure
+from .errors import RecipeError
+from .evaluate.best import OVERALL, rehearse
 from .evaluate.slices import count_labels
 from .evaluate.user_metrics import copy_metric_files, load_metrics
 from .models.families import OpenModel
@@ -53,8 +55,12 @@ def tune_model(
     dataset, opened = prepared.dataset, prepared.opened
     reading = describe_sources([(source.path, read_options(source, recipe.data)) for source in recipe.data.train])
     metrics = load_metrics(recipe.evaluate.metrics)
-    require_figure(recipe.evaluate.best_by, dataset.tasks, [metric.name for metric in metrics])
     scored = prepared.scored(recipe.train)
+    if not scored and recipe.evaluate.best_by != OVERALL:
+        raise RecipeError(
+            f"evaluate.best_by is {recipe.evaluate.best_by!r}, but no rows are scored while training: it could choose "
+            f"nothing. Give dev rows and a rhythm (train.evaluate_every), or leave best_by out."
+        )
     if scored:
         rehearse(
             [prepared.dev_rows.records[place] for place in scored],

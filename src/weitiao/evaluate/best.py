@@ -52,21 +52,6 @@ def choose_figure(scores: Sequence[TaskScore], best_by: str = OVERALL) -> float:
     return -value if turned else value
 
 
-def require_figure(best_by: str, tasks: Sequence[Task], own: Sequence[str] = ()) -> None:
-    """Raise RecipeError when `best_by` names no figure of these tasks: before training, not after the first epoch.
-
-    `own` are the names of the user's metrics; what figures these give is known only once they have run.
-    """
-    name = best_by.removeprefix("-")
-    figures = {
-        f"{task.name}.{metric}" for task in tasks for metric in (*task.metric_names, *task.set_figures([]), *own)
-    }
-    own_parts = tuple(f"{task.name}.{metric}." for task in tasks for metric in own)
-    if name != OVERALL and name not in figures and not (own and name.startswith(own_parts)):
-        known = ", ".join([OVERALL, *sorted(figures)])
-        raise RecipeError(f"evaluate.best_by is {best_by!r}, but the tasks have no such figure. Known: {known}.")
-
-
 def rehearse(
     records: Sequence[Record],
     assigned: Sequence[Task],

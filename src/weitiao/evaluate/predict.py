@@ -26,6 +26,11 @@ from ..tasks.grammar import form_grammar
 from .confidence import answer_confidence, field_confidences
 from .prediction import FieldConfidence, Prediction
 
+OWN_KEYS = frozenset(
+    {"prediction", "answer", "valid", "reason", "finish", "confidence", "value_confidence", "source", "route"}
+)
+"""What a line of answers says; ``task`` aside, which is the row's own where it has one."""
+
 CHUNK_ROWS = 4096
 """So many rows are made ready together: each has a grammar of its own, of the size of its text."""
 _SEED_STEP = 1_000_003
