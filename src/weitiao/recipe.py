@@ -5,9 +5,6 @@ The recipe knows names and numbers only. What they mean lives where they are use
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from .errors import RecipeError
+from .recipe_problems import complaints
 
 
 class Part(BaseModel):
@@ -75,6 +73,16 @@ class Model(Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the frozen weights. auto: bfloat16 where the processor has it, else float32."
     )
+    quantize: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="Hold the frozen matrices of the layers in 8 or 4 bits: a half or a quarter of the memory, slower. "
+        "Checkpoints that are quantised already (chatglm-6b-int4) say so themselves.",
+    )
+    adapter: str | None = Field(
+        None,
+        description="Folder of an adapter that the model starts from: PEFT LoRA, old ones in adapter_model.bin too, or "
+        "a P-Tuning v2 checkpoint. Tuning goes on from it.",
+    )
 
 
 def _as_model(value: Any) -> Any:
@@ -98,6 +106,11 @@ class Data(Part):
         {},
         description="What stands for {{name}}, {{author}}, <NAME> and <AUTHOR> in rows, by name; null keeps such a "
         "place as text.",
+    )
+    loss_mask: Literal["family", "answer"] = Field(
+        "family",
+        description="Which tokens of a reply count in the loss. family: as the model family's own trainer has it (the "
+        "ChatGLM formats learn a token or two more around the answer). answer: the answer and its end token.",
     )
     max_length: int = Field(2048, gt=8, description="Longest example in tokens, prompt and answer together.")
     overlong: Literal["error", "drop", "shorten_input"] = Field(
@@ -161,6 +174,30 @@ class Lora(Part):
     targets: str | tuple[str, ...] = Field(
         "all-linear", description="Layers that get an update: all-linear, or names such as [q_proj, v_proj]."
     )
+    rslora: bool = Field(
+        False, description="Scale by alpha / sqrt(rank), so that large ranks learn as fast (Kalajdzievski 2023)."
+    )
+    dora: bool = Field(
+        False, description="Learn each matrix's direction by LoRA and its magnitudes apart (Liu et al. 2024); slower."
+    )
+
+
+class PTuning(Part):
+    """P-Tuning v2: learnt keys and values before every row, in every layer (Liu et al. 2021)."""
+
+    name: Literal["ptuning_v2"] = "ptuning_v2"
+    num_virtual_tokens: int = Field(128, ge=1, description="Length of the learnt prefix (pre_seq_len).")
+    projection: bool = Field(
+        False, description="Learn the prefix through a two-layer network (prefix_projection) instead of directly."
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the prefix while training.")
+
+
+def _as_method(value: Any) -> Any:
+    return {"name": "lora", **value} if isinstance(value, Mapping) else value
+
+
+Method = Annotated[Annotated[Lora | PTuning, Field(discriminator="name")], BeforeValidator(_as_method)]
 
 
 class Train(Part):
@@ -262,7 +299,7 @@ class Recipe(Part):
     model: Annotated[Model, BeforeValidator(_as_model, json_schema_input_type=str | Model)]
     data: Data
     tasks: tuple[DeclaredTask, ...] = Field((), description="Tasks declared by hand; those left out are inferred.")
-    method: Lora = Lora()
+    method: Method = Lora()
     train: Train = Train()
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()
@@ -315,7 +352,7 @@ def make_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, whe
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        lines = [f"  {complaint}" for complaint in _complaints(error)]
+        lines = [f"  {complaint}" for complaint in complaints(error, Recipe)]
         raise RecipeError(f"{where} cannot be used as written:\n" + "\n".join(lines)) from None
 
 
@@ -378,57 +415,3 @@ def _key_in(place: dict[str, Any] | list[Any], part: str, override: str) -> Any:
     if not part.isdecimal() or int(part) >= len(place):
         raise RecipeError(f"The override {override!r} asks for entry {part} of {len(place)} entries, counted from 0.")
     return int(part)
-
-
-def _complaints(error: ValidationError) -> list[str]:
-    """A sentence for every place that is wrong, with the nearest known key for an unknown one."""
-    reasons: dict[str, list[str]] = {}  # a value that may be of several types has an error for each of them
-    found: dict[str, str] = {}
-    for problem in error.errors():
-        *outer, key = problem["loc"]
-        place = _dotted(problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = _known_keys(outer)
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
-            reasons[place] = [f"there is no such key. {hint}"]
-        elif problem["type"] == "missing":
-            reasons[place] = ["this key is required."]
-        elif problem["type"] != "too_short" or not problem["input"]:  # else its entries are wrong, and named themselves
-            place = _dotted(_known_place(problem["loc"]))
-            told = reasons.setdefault(place, [])
-            told += [] if problem["msg"] in told else [problem["msg"]]
-            found.setdefault(place, f" (found {problem['input']!r:.80}).")
-    return [f"{place}: {'; or '.join(told)}{found.get(place, '')}" for place, told in reasons.items()]
-
-
-def _dotted(place: Sequence[str | int]) -> str:
-    return ".".join(str(step) for step in place)
-
-
-def _known_place(loc: Sequence[str | int]) -> list[str | int]:
-    """`loc` up to where pydantic goes on with the names of types instead of keys."""
-    part: type[Part] | None = Recipe
-    for count, step in enumerate(loc):
-        if isinstance(step, str):
-            if part is None or step not in part.model_fields:
-                return list(loc[:count])
-            part = _inner_model(part.model_fields[step].annotation)
-    return list(loc)
-
-
-def _known_keys(loc: Sequence[str | int]) -> list[str]:
-    """The keys of the part at `loc`, walking the models' own annotations."""
-    part: type[Part] = Recipe
-    for step in loc:
-        if isinstance(step, str):
-            part = _inner_model(part.model_fields[step].annotation) or part
-    return list(part.model_fields)
-
-
-def _inner_model(annotation: Any) -> type[Part] | None:
-    """The model class inside an annotation such as `tuple[Annotated[Source, …], ...]`."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, Part):
-        return annotation
-    found = [_inner_model(inner) for inner in typing.get_args(annotation)]
-    return next((model for model in found if model is not None), None)
