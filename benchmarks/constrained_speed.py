@@ -31,7 +31,7 @@ from weitiao.errors import FormError
 from weitiao.generate.chat import Reply, reply_all
 from weitiao.generate.constraint import compiler_of
 from weitiao.generate.engine import Sampling
-from weitiao.models.families import OpenModel, open_model
+from weitiao.models.opening import OpenModel, open_model
 from weitiao.tasks.base import Task, add_counts, assign_task
 from weitiao.tasks.grammar import form_grammar
 

@@ -99,7 +99,7 @@ class Stopwatch:
 
 def run_weitiao(rows: Path, work: Path) -> dict[str, Any]:
     from weitiao.dataset import load_dataset
-    from weitiao.models.families import open_renderer
+    from weitiao.models.opening import open_renderer
     from weitiao.models.starter import starter_folder
     from weitiao.recipe import make_recipe
     from weitiao.token_cache import fit_side

@@ -27,7 +27,7 @@ from machine import describe_machine
 from train_speed_peers import Setting, StepRecorder
 from train_speed_rows import LEARNING_RATE, load_initial_adapter, plan_steps, read_token_rows, write_initial_adapter
 
-from weitiao.models.families import open_model
+from weitiao.models.opening import open_model
 from weitiao.models.starter import starter_folder
 from weitiao.recipe import Lora, Train
 from weitiao.render.base import Example

@@ -45,8 +45,8 @@ TOP = {"tune", "token_cache", "preparation", "decoding", "dev_scoring", "lookup"
        "prompting", "cli", "__init__", "__main__"}  # fmt: skip
 """They bring everything together; nothing imports them but each other."""
 
-WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "contract", "recipe", "recipe_problems", "dataset",
-                 "init", "visible", "check", "cli", "__init__", "__main__"}  # fmt: skip
+WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "contract", "recipe",
+                 "recipe_problems", "dataset", "init", "visible", "check", "cli", "__init__", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "matplotlib"}
 WITH_NUMPY = {"data/near.py", "data/checks.py", "data/pieces.py", "data/postings.py", "render/example_store.py"}
 """A hundred thousand signatures take a second in numpy, minutes without; so does finding equal ones of a million."""

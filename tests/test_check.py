@@ -22,7 +22,7 @@ from weitiao.cli import app
 from weitiao.dataset import load_dataset
 from weitiao.errors import DataError, RecipeError
 from weitiao.messages import Message
-from weitiao.models.families import open_renderer
+from weitiao.models.opening import open_renderer
 
 LABELS = ("体育", "科技", "财经")
 

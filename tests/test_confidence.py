@@ -16,7 +16,7 @@ from weitiao.evaluate.right_values import right_values
 from weitiao.generate.chat import reply_all
 from weitiao.generate.engine import Sampling
 from weitiao.messages import Message
-from weitiao.models.families import open_model
+from weitiao.models.opening import open_model
 from weitiao.tasks.fields import Bounds
 from weitiao.tasks.forms import AnswerForm, Field
 from weitiao.tasks.grammar import form_grammar

@@ -25,7 +25,7 @@ from weitiao.errors import GrammarError, ModelError
 from weitiao.generate.chat import reply_all, token_spans
 from weitiao.generate.constraint import Constraint, ConstraintCompiler, compiler_of
 from weitiao.generate.engine import Sampling, generate
-from weitiao.models.families import open_renderer
+from weitiao.models.opening import open_renderer
 from weitiao.render.base import Renderer
 from weitiao.render.template import TemplateRenderer
 from weitiao.tasks.base import Task, assign_task, infer_tasks

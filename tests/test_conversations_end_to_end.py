@@ -92,7 +92,7 @@ def test_training_took_two_steps_and_the_contract_says_how_rows_were_asked(run: 
 
 def test_check_counts_the_tokens_of_tools_and_calls_as_training_renders_them(run: Path) -> None:
     from weitiao.dataset import load_dataset
-    from weitiao.models.families import open_renderer
+    from weitiao.models.opening import open_renderer
     from weitiao.recipe import load_recipe
     from weitiao.render.fitting import render_record
 

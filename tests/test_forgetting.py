@@ -15,7 +15,7 @@ from weitiao.errors import DataError, ModelError
 from weitiao.evaluate.forgetting import ProbeScore, compare_probe, probe_change, score_probe, wilson_interval
 from weitiao.evaluate.probe_questions import Question, read_probe
 from weitiao.messages import Message
-from weitiao.models.families import OpenModel, open_model
+from weitiao.models.opening import OpenModel, open_model
 from weitiao.recipe import Lora
 from weitiao.tuning.methods import add_adapter
 

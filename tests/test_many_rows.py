@@ -29,7 +29,7 @@ PREPARE = """
 import sys
 from pathlib import Path
 from weitiao.dataset import load_dataset
-from weitiao.models.families import open_renderer
+from weitiao.models.opening import open_renderer
 from weitiao.recipe import make_recipe
 from weitiao.token_cache import fit_side
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from weitiao.errors import ModelError, RecipeError
 from weitiao.models.adapters import LoraLinear, use_lean_layers
-from weitiao.models.families import OpenModel, family_of, load_tokenizer, open_model, open_renderer
+from weitiao.models.families import family_of
+from weitiao.models.opening import OpenModel, load_tokenizer, open_model, open_renderer
 from weitiao.models.sources import fingerprint, model_folder
 from weitiao.recipe import Lora
 from weitiao.tuning.methods import add_adapter, count_parameters

@@ -13,7 +13,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 from weitiao.errors import ModelError
 from weitiao.models import attention
-from weitiao.models.families import open_model
+from weitiao.models.opening import open_model
 from weitiao.recipe import make_recipe
 from weitiao.render.base import Example
 from weitiao.runs import RunFolder

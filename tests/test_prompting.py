@@ -22,7 +22,7 @@ from weitiao.errors import DataError, RecipeError, RunError
 from weitiao.evaluate.predict import Answerer, OnReply
 from weitiao.generate.chat import Reply
 from weitiao.generate.engine import Sampling
-from weitiao.models.families import OpenModel, open_model
+from weitiao.models.opening import OpenModel, open_model
 from weitiao.prompting import labelled_limits, prompt_model, prompt_room, shot_sides
 from weitiao.recipe import Generate, Recipe, make_recipe
 from weitiao.render.template import TemplateRenderer

@@ -20,7 +20,7 @@ from weitiao import token_cache
 from weitiao.data.records import Record, read_records
 from weitiao.dataset import Dataset, load_dataset
 from weitiao.errors import DataError
-from weitiao.models.families import open_renderer
+from weitiao.models.opening import open_renderer
 from weitiao.recipe import Recipe, make_recipe
 from weitiao.render.base import Conversation, Example, Renderer
 from weitiao.render.example_store import (

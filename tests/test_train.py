@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from weitiao.contract import Contract
 from weitiao.dataset import load_dataset
 from weitiao.errors import DataError, RecipeError, ResumeError, RunError
-from weitiao.models.families import open_model
+from weitiao.models.opening import open_model
 from weitiao.recipe import Lora, Recipe, Train, make_recipe
 from weitiao.render.base import Example
 from weitiao.render.fitting import fit_rows

@@ -328,7 +328,7 @@ def test_bad_answers_are_named_alike_with_any_number_of_workers(
 def test_answers_known_to_stand_as_written_make_the_same_examples(
     small_parts: pytest.MonkeyPatch, tmp_path: Path, tiny_qwen2_folder: Path
 ) -> None:
-    from weitiao.models.families import open_renderer
+    from weitiao.models.opening import open_renderer
 
     small_parts.setenv("WEITIAO_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "rows.jsonl"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .evaluation import evaluate_run
     from .init import init_recipe
     from .messages import Message
-    from .models.families import OpenModel, open_model
+    from .models.opening import OpenModel, open_model
     from .recipe import Recipe, load_recipe, make_recipe
     from .render.base import Example, Renderer
     from .runs import RunFolder
@@ -57,8 +57,8 @@ _HOMES = {
     "infer_tasks": ".tasks.base",
     "AnswerForm": ".tasks.forms",
     # models and chat formats
-    "open_model": ".models.families",
-    "OpenModel": ".models.families",
+    "open_model": ".models.opening",
+    "OpenModel": ".models.opening",
     "Message": ".messages",
     "Renderer": ".render.base",
     "Example": ".render.base",

@@ -26,7 +26,7 @@ from .evaluate.abstain import route
 from .evaluate.calibration import CALIBRATION_FILE, RunCalibration
 from .evaluate.predict import OWN_KEYS, Answerer, OnReply, predict_rows
 from .generate.engine import Sampling
-from .models.families import OpenModel, open_model
+from .models.opening import OpenModel, open_model
 from .render.fitting import shorten_record
 from .render.shots import add_neighbours
 from .runs import RunFolder

@@ -123,6 +123,7 @@ def _sources(sources: Sequence[Source], data: Data) -> str:
 def _text(recipe: Recipe, dataset: Dataset) -> str:
     """The recipe as YAML with a comment wherever a user may want to change something."""
     data, train, method = recipe.data, recipe.train, recipe.method
+    assert isinstance(method, Lora), "a drafted recipe tunes by LoRA"
     rows = "\n".join(f"  #   {line}" for line in describe_tasks(dataset))
     held = (
         "  dev:\n" + _sources(data.dev, data)

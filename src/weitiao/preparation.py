@@ -17,7 +17,7 @@ from .dataset import Dataset, load_dataset
 from .decoding import answer_limit
 from .errors import DataError, RecipeError
 from .lookup import look_up
-from .models.families import OpenModel, open_model
+from .models.opening import OpenModel, open_model
 from .recipe import Generate, Recipe, Train
 from .render.base import Example
 from .render.example_store import answers_of

@@ -27,8 +27,7 @@ from .errors import RecipeError
 from .generate.chat import reply_all
 from .generate.engine import Sampling
 from .models.adapters import base_model
-from .models.families import default_device, weight_bytes
-from .models.sources import model_folder
+from .models.opening import default_device, loaded_bytes
 from .preparation import Prepared, prepare
 from .recipe import Recipe, Train
 from .render.example_store import lengths_of
@@ -73,7 +72,7 @@ def foretell(recipe: Recipe, plan: Plan) -> Plan:
     """
     device = torch.device(default_device())
     limit = limit_bytes(device)
-    needed = weight_bytes(model_folder(recipe.model.path), dtype=recipe.model.dtype)
+    needed = loaded_bytes(recipe.model.path, dtype=recipe.model.dtype, quantize=recipe.model.quantize)
     if needed > limit:
         return replace(plan, forecast=_no_room(device, needed, limit))
     try:

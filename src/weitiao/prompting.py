@@ -28,7 +28,7 @@ from .decoding import answer_limit, sampling_of
 from .errors import DataError
 from .evaluate.predict import Answerer, OnReply, predict_rows
 from .generate.chat import Reply
-from .models.families import OpenModel, open_model
+from .models.opening import OpenModel, open_model
 from .recipe import Generate, Recipe
 from .render.base import Renderer
 from .render.shots import ShotRows, add_neighbours, add_shots

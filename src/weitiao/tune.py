@@ -19,7 +19,7 @@ from .errors import RecipeError
 from .evaluate.best import OVERALL, rehearse
 from .evaluate.slices import count_labels
 from .evaluate.user_metrics import copy_metric_files, load_metrics
-from .models.families import OpenModel
+from .models.opening import OpenModel
 from .preparation import Prepared, prepare
 from .recipe import Recipe
 from .runs import RunFolder, write_bytes, write_json, write_text, writing

@@ -149,7 +149,7 @@ def show(
 ) -> None:
     """Show rendered examples: grey is what the model reads, green is what it learns to write."""
     from ..dataset import load_dataset
-    from ..models.families import open_renderer
+    from ..models.opening import open_renderer
     from ..recipe import load_recipe
     from ..render.fitting import render_record
     from ..render.preview import colour_example

@@ -1,0 +1,207 @@
+"""Opening a model: weights, tokenizer, chat format and adapter in one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import ModelError
+from ..render.base import Renderer
+from ..render.template import TemplateRenderer
+from .adapters import load_adapter
+from .families import Family, family_of
+from .native import load_native, weight_bytes
+from .sources import fingerprint, first_line, model_folder, read_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BITS = {"none": None, "int8": 8, "int4": 4}
+_VOCABULARY_FILES = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken", "merges.txt", "spiece*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenModel:
+    """An opened model: what training, generation and evaluation work with."""
+
+    model: PreTrainedModel | PeftModel
+    family: Family
+    folder: Path
+    fingerprint: str
+    """Of the base model, adapter aside."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how it was opened, as sentences."""
+    text: Renderer | None = None
+    """The chat format; None for a folder of weights without a vocabulary."""
+
+    @property
+    def renderer(self) -> Renderer:
+        """The chat format. Raises ModelError for a folder of weights without a vocabulary."""
+        if self.text is None:
+            raise ModelError(
+                f"The folder {self.folder} holds weights but no tokenizer, so the model can compute and cannot be "
+                f"asked anything. Copy the tokenizer's files from where the model comes from."
+            )
+        return self.text
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer beneath the chat format. Raises ModelError as `renderer` does."""
+        tokenizer: PreTrainedTokenizerBase = self.renderer.tokenizer
+        return tokenizer
+
+
+def open_model(
+    path: str,
+    *,
+    adapter: str | Path | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    quantize: str = "none",
+    must_speak: bool = False,
+) -> OpenModel:
+    """Open the causal language model `path`, with `adapter` on it where one is given.
+
+    Args:
+        path: a folder, a Hugging Face id, ``modelscope:OWNER/NAME``, or ``starter``.
+        adapter: folder of an adapter: a run's, PEFT's, or a P-Tuning checkpoint of the ChatGLM originals.
+        dtype: ``auto`` (bfloat16 where the processor computes it natively, else float32), ``float32``, ``bfloat16``
+            or ``float16``.
+        device: torch device; by default the GPU when there is one.
+        quantize: ``int8`` or ``int4`` holds the matrices of the layers in so many bits.
+        must_speak: refuse a folder of weights without a vocabulary, before the weights are read.
+
+    Raises:
+        ModelError: the checkpoint is missing, incomplete, needs code of its own, or cannot be read.
+    """
+    folder = model_folder(path)
+    family = family_of(folder)
+    config = read_json(folder / "config.json")
+    text = None
+    if must_speak or any(file for pattern in _VOCABULARY_FILES for file in folder.glob(pattern)):
+        text = _renderer_of(folder, family, config)
+    where = torch.device(device or default_device())
+    base, notes = _load(folder, family, config, dtype=resolve_dtype(dtype), device=where, quantize=quantize)
+    model = base if adapter is None else load_adapter(base, Path(adapter))
+    torch.nn.Module.to(model, where)
+    model.eval()
+    return OpenModel(
+        model=model,
+        family=family,
+        folder=folder,
+        fingerprint=fingerprint(folder),
+        notes=(*_notes_on_code(config, family), *notes),
+        text=text,
+    )
+
+
+def _load(
+    folder: Path, family: Family, config: dict[str, Any], *, dtype: torch.dtype, device: torch.device, quantize: str
+) -> tuple[PreTrainedModel, list[str]]:
+    """The weights in `folder`, quantised as asked, and what there is to say of them."""
+    bits = _BITS[quantize]
+    stored = config.get("quantization_bit") if family.layout else None
+    if bits and stored and bits != stored:
+        raise ModelError(
+            f"The model in {folder} is stored in {stored} bits, so it cannot be held in {bits}. "
+            f"Leave model.quantize out, or take the model that is not quantised."
+        )
+    if family.layout is None:
+        model = load_native(folder, dtype)
+        if bits:
+            from .quantized import quantize_model
+
+            quantize_model(model, bits)
+        return model, []
+    from .original import open_original, read_prefix
+
+    model = open_original(folder, config, dtype=dtype, device=device, bits=bits)
+    if not config.get("pre_seq_len"):
+        return model, []
+    prefix = read_prefix(folder)
+    if prefix is None:
+        length = config["pre_seq_len"]
+        return model, [f"config.json tells of a prefix of {length} tokens, but no file holds it; opened without."]
+    from .ptuning import attach_original_prefix
+
+    return attach_original_prefix(model, config, prefix), []
+
+
+def _notes_on_code(config: dict[str, Any], family: Family) -> list[str]:
+    """What to say of Python files that a checkpoint wants run."""
+    if "auto_map" not in config:
+        return []
+    files = sorted({str(name).rpartition("--")[2].partition(".")[0] + ".py" for name in config["auto_map"].values()})
+    return [
+        f"config.json asks for {', '.join(files)} to be run. That was not done and is not needed: "
+        f"{family.models.partition(',')[0]} is computed by weitiao and transformers themselves."
+    ]
+
+
+def default_device() -> str:
+    """``cuda`` when there is a GPU, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def native_dtype() -> str:
+    """The fastest dtype that this machine computes natively without losing range."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    capabilities = torch.cpu.get_capabilities()
+    return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("bf16") else "float32"
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The dtype that a recipe's `model.dtype` means on this machine."""
+    return DTYPES[native_dtype() if name == "auto" else name]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, padding on the left. Raises ModelError when it cannot be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - tokenizers raise bare Exception on broken files
+        raise ModelError(f"The tokenizer in {folder} cannot be loaded: {first_line(error)}.") from None
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _renderer_of(folder: Path, family: Family, config: dict[str, Any]) -> Renderer:
+    """The chat format of the model in `folder`."""
+    stops = _generation_stop_ids(folder)
+    if family.layout is None:
+        return TemplateRenderer(load_tokenizer(folder), extra_stop_ids=stops)
+    from ..render.roles import glm_renderer
+    from .glm_tokenizers import glm_tokenizer
+
+    tokenizer = glm_tokenizer(folder, family.layout)
+    size = config.get("padded_vocab_size") or config.get("vocab_size") or 0
+    if len(tokenizer) > size:
+        raise ModelError(
+            f"The tokenizer in {folder} has {len(tokenizer)} tokens, the model only {size}: they do not belong "
+            f"together. Copy the tokenizer's files from where the model comes from."
+        )
+    return glm_renderer(family.layout, tokenizer, extra_stop_ids=stops)
+
+
+def _generation_stop_ids(folder: Path) -> tuple[int, ...]:
+    """The end-of-sequence ids in generation_config.json: instruct models list their end-of-turn token there."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return ()
+    ids = read_json(path).get("eos_token_id")
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
+def open_renderer(path: str) -> Renderer:
+    """The chat format of the model `path` alone, without its weights."""
+    folder = model_folder(path)
+    return _renderer_of(folder, family_of(folder), read_json(folder / "config.json"))
+
+
+def loaded_bytes(path: str, *, dtype: str, quantize: str = "none") -> int:
+    """The memory that the weights of the model `path` take once they are opened so."""
+    return weight_bytes(model_folder(path), resolve_dtype(dtype))
