@@ -114,9 +114,9 @@ def _default(value: Any) -> str:
 
 
 def _described_part(entry: Schema, definitions: Schema) -> str:
-    """The description of the part that `entry` refers to; empty when it refers to none."""
+    """The descriptions of the parts that `entry` refers to; empty when it refers to none."""
     names = [choice["$ref"].rpartition("/")[2] for choice in (entry, *entry.get("anyOf", ())) if "$ref" in choice]
-    return str(definitions[names[0]]["description"]) if names else ""
+    return " ".join(str(definitions[name]["description"]) for name in names)
 
 
 def _anchor(name: str) -> str:

@@ -360,6 +360,9 @@ def recipe_schema() -> dict[str, Any]:
     """The JSON Schema of recipes, for editors that complete and check YAML."""
     schema = Recipe.model_json_schema()
     schema["required"].remove("name")  # a file's name stands in for it
+    method = schema["properties"]["method"]
+    method["anyOf"] = method.pop("oneOf")  # without a name it is LoRA, whose keys others may have too
+    del method["discriminator"]
     return schema
 
 

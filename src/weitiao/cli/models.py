@@ -242,3 +242,23 @@ def prompt(
     count = len(side.lines)
     share = f"{side.num_valid / count:.1%}"
     out.print(f"{count} answers in {output}, {side.num_valid} of them ({share}) in the labelled form.")
+
+
+@app.command()
+def models(
+    path: Annotated[
+        str | None, typer.Argument(help="A model's folder or id: only its own row, with what it was recognised by.")
+    ] = None,
+) -> None:
+    """List the model families: how a checkpoint is recognised, which layers LoRA updates, what ends an answer."""
+    from ..models.families import FAMILIES, OTHER, family_of
+    from ..models.sources import model_folder
+
+    with reporting_errors():
+        shown = [*FAMILIES, OTHER] if path is None else [family_of(model_folder(path))]
+    table = Table("family", "", "")
+    for family in shown:
+        for row, (what, value) in enumerate(family.told()):
+            table.add_row("" if row else family.name, what, value)
+        table.add_section()
+    out.print(table, soft_wrap=False)

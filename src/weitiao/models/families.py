@@ -33,18 +33,24 @@ class Family:
     asked: str = "the tokenizer's chat template"
     """How a conversation is written."""
 
-    @property
-    def recognised_by(self) -> str:
-        """What in config.json tells that a folder belongs to it."""
-        if self.layout is None:
-            return f"model_type {' '.join(self.model_types)}"
-        return {
-            "chatglm": "model_type chatglm without padded_vocab_size",
-            "chatglm2": "model_type chatglm with padded_vocab_size, names, seq_length 32768",
-            "chatglm3": "the same, names, <|observation|>, seq_length 8192 or rope_ratio",
-            "glm4": "the same, padded_vocab_size 151552 or several eos_token_id",
-        }[self.layout]
+    def told(self) -> list[tuple[str, str]]:
+        """The row in words: pairs of what is told and what it is."""
+        sign = _SIGNS[self.layout] if self.layout else f"model_type {' or '.join(self.model_types)}"
+        return [
+            ("models", self.models),
+            ("recognised by", sign if self.model_types else "none of the above"),
+            ("linear layers", ", ".join(self.targets) or "found by themselves"),
+            ("asked by", self.asked),
+            ("answers end with", " or ".join(self.stops) or "what the template ends a turn with, else the end token"),
+        ]
 
+
+_SIGNS: dict[GlmLayout, str] = {
+    "chatglm": "model_type chatglm, no padded_vocab_size",
+    "chatglm2": "model_type chatglm and its name, else 32768 positions that are not stretched",
+    "chatglm3": "model_type chatglm and its name or role tokens, else 8192 positions or a rope_ratio",
+    "glm4": "model_type chatglm and its name, 151552 tokens or several end tokens",
+}
 
 FAMILIES = (
     Family(name="gemma", models="Gemma 1–3", model_types=("gemma", "gemma2", "gemma3_text"), targets=_GLU),
