@@ -85,10 +85,22 @@ def fit_side(
     Raises DataError as `fit_rows`, or when the disk is full.
     """
     records, tasks = (dataset.train, dataset.train_tasks) if side == "train" else (dataset.dev, dataset.dev_tasks)
-    how = Fitting(renderer=renderer, max_length=data.max_length, overlong=data.overlong, turns=data.turns)
+    how = Fitting(
+        renderer=renderer,
+        max_length=data.max_length,
+        overlong=data.overlong,
+        turns=data.turns,
+        masks=data.loss_mask,
+    )
     if len(records) < KEPT_FROM:
         fitted = fit_rows(
-            records, tasks, renderer, max_length=data.max_length, overlong=data.overlong, turns=data.turns
+            records,
+            tasks,
+            renderer,
+            max_length=how.max_length,
+            overlong=how.overlong,
+            turns=how.turns,
+            masks=how.masks,
         )
         return fitted, ""
     key = token_key(
@@ -132,7 +144,7 @@ def token_key(
         "tokenizer": tokenizer,
         "template": how.renderer.template,
         "stop ids": list(how.renderer.stop_ids),
-        "length": [how.max_length, how.overlong, how.turns],
+        "length": [how.max_length, how.overlong, how.turns, how.masks],
         "reading": reading,
         "versions": [version(name) for name in ("weitiao", "transformers", "tokenizers")],
     }

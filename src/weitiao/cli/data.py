@@ -165,7 +165,9 @@ def show(
         for task in dataset.tasks:
             rows = [record for record, its in zip(dataset.train, dataset.train_tasks, strict=True) if its is task]
             for record in rows[:number]:
-                for example in render_record(record, task, renderer, turns=loaded.data.turns):
+                for example in render_record(
+                    record, task, renderer, turns=loaded.data.turns, masks=loaded.data.loss_mask
+                ):
                     out.rule(f"{task.name} · {record.source} · {len(example)} tokens, {example.num_supervised} learnt")
                     out.print(colour_example(example, renderer))
 

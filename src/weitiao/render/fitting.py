@@ -14,7 +14,7 @@ from ..data.records import Record
 from ..errors import DataError, Problem
 from ..messages import Message
 from ..tasks.base import Task
-from .base import Conversation, Example, Renderer, Turns
+from .base import Conversation, Example, Masks, Renderer, Turns
 
 Overlong = Literal["error", "drop", "shorten_input"]
 
@@ -52,6 +52,8 @@ class Fitting:
     """What to do with a longer row."""
     turns: Turns = "flagged"
     """Which replies of a conversation are learnt."""
+    masks: Masks = "family"
+    """Which of a learnt reply's tokens are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +78,7 @@ def fit_rows(
     max_length: int,
     overlong: Overlong,
     turns: Turns = "flagged",
+    masks: Masks = "family",
 ) -> FittedRows:
     """Training examples of `records`, none longer than `max_length` tokens; all in memory.
 
@@ -86,11 +89,12 @@ def fit_rows(
         max_length: limit in tokens, prompt and answer together.
         overlong: what to do with a longer row.
         turns: which replies of a conversation are learnt.
+        masks: which of a learnt reply's tokens are.
 
     Raises:
         DataError: policy `error` and some rows are too long, or a row cannot be shortened; all of them are named.
     """
-    how = Fitting(renderer=renderer, max_length=max_length, overlong=overlong, turns=turns)
+    how = Fitting(renderer=renderer, max_length=max_length, overlong=overlong, turns=turns, masks=masks)
     chunks = [
         fit_chunk(start, records[start : start + CHUNK_ROWS], tasks[start : start + CHUNK_ROWS], how)
         for start in range(0, len(records), CHUNK_ROWS)
@@ -127,7 +131,7 @@ def fit_chunk(
         if isinstance(record.target, str) and not record.calls and task.form.labels:
             written[id(task), record.target] = talk.reply.text
         talks.append(talk)
-    rendered = how.renderer.render_conversations(talks, turns=how.turns)
+    rendered = how.renderer.render_conversations(talks, turns=how.turns, masks=how.masks)
     chunk = FittedChunk()
     for place, (record, task, made) in enumerate(zip(rows, tasks, rendered, strict=True), start=start):
         examples = made
@@ -144,7 +148,7 @@ def fit_chunk(
                 chunk.problems.append(_too_long(record, longest, how.max_length, how.overlong))
                 continue
             chunk.shortened[place] = shorter
-            examples = render_record(shorter, task, how.renderer, turns=how.turns)
+            examples = render_record(shorter, task, how.renderer, turns=how.turns, masks=how.masks)
         chunk.examples.extend(examples)
         chunk.rows.extend([place] * len(examples))
     return chunk
@@ -156,9 +160,11 @@ def refuse_problems(problems: Sequence[Problem], num_rows: int, max_length: int)
         raise DataError(f"{len(problems)} of {num_rows} rows are longer than {max_length} tokens.", problems)
 
 
-def render_record(record: Record, task: Task, renderer: Renderer, *, turns: Turns = "flagged") -> tuple[Example, ...]:
+def render_record(
+    record: Record, task: Task, renderer: Renderer, *, turns: Turns = "flagged", masks: Masks = "family"
+) -> tuple[Example, ...]:
     """The training examples of one record, its answer written in the task's form; one example, as a rule."""
-    return renderer.render_conversations([conversation_of(record, task)], turns=turns)[0]
+    return renderer.render_conversations([conversation_of(record, task)], turns=turns, masks=masks)[0]
 
 
 def conversation_of(record: Record, task: Task, answer: str | None = None) -> Conversation:

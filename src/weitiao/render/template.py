@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RenderError
 from ..messages import Message, write_calls
-from .base import Conversation, Example, Renderer, Tools, Turns, join_turns
+from .base import Conversation, Example, Masks, Renderer, Tools, Turns, join_turns
 from .tools import describe_tools, tools_as_text
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class TemplateRenderer(Renderer):
         # looked for first: Gemma has six thousand control strings, too many to try at every character of a text
         self._control_start, self._escaped_start = _any_start_of(control), _any_start_of(self._escaped)
         self._anchor, self._anchor_ids = self._find_anchor()
+        self._reply_opening = self._find_reply_opening()
         self._end_ids = self._find_end()
         others = [i for i in (tokenizer.eos_token_id, *extra_stop_ids) if isinstance(i, int)]
         self._stop_ids = tuple(dict.fromkeys([self._end_ids[-1], *others]))
@@ -72,11 +73,15 @@ class TemplateRenderer(Renderer):
         return self._encode_all([self._write_answer(answer)])[0]
 
     def render_reply(self, messages: Sequence[Message], reply: Message, tools: Tools = ()) -> tuple[int, ...]:
-        """As the template writes a reply with tool calls; as `write_calls` does where the template knows none."""
+        """As the template writes a reply with tool calls; as `write_calls` does where the template knows none, and where
+        the prompt has opened a plain reply."""
         return self._encode_all([self._write_reply(messages, reply, tools)])[0]
 
+    def before_answer(self, tools: Tools = ()) -> str:
+        return self._reply_opening if tools else ""
+
     def render_conversations(
-        self, conversations: Sequence[Conversation], *, turns: Turns = "flagged"
+        self, conversations: Sequence[Conversation], *, turns: Turns = "flagged", masks: Masks = "family"
     ) -> list[tuple[Example, ...]]:
         """As the base class says; the texts of all conversations are tokenised together, on all cores."""
         written: list[_Written] = []
@@ -95,9 +100,8 @@ class TemplateRenderer(Renderer):
         if not messages or messages[-1].role not in ("user", "tool"):
             raise RenderError("A prompt must end with a message of the user, or with what a tool gave back.")
         if self._template:
-            return _Written(
-                pieces=self._cut_templated(self._apply_template(messages, tools, prompt=True)), opening=True
-            )
+            text = self._apply_template(messages, tools, prompt=True)
+            return _Written(pieces=self._cut_templated(text if tools else text + self._reply_opening), opening=True)
         pieces = self._cut(self._plain_text(messages, tools))
         return _Written(before=self._opening_ids, pieces=pieces, opening=True)
 
@@ -105,23 +109,24 @@ class TemplateRenderer(Renderer):
         return _Written(pieces=self._cut(answer), after=tuple(self._end_ids))
 
     def _write_reply(self, messages: Sequence[Message], reply: Message, tools: Tools) -> _Written:
-        if reply.calls and self._knows_tools:
+        if reply.calls and self._knows_tools and (tools or not self._reply_opening):
             prompt = self._apply_template(messages, tools, prompt=True)
             whole = self._apply_template([*messages, reply], tools, prompt=False)
             if whole.startswith(prompt):
                 ids = self._encode_templated(whole[len(prompt) :], opening=False)
                 if self._end_ids[-1] in ids:
                     return _Written(before=tuple(ids[: ids.index(self._end_ids[-1]) + 1]))
-        return self._write_answer(write_calls(reply.text, reply.calls) if reply.calls else reply.text)
+        text = write_calls(reply.text, reply.calls) if reply.calls else reply.text
+        return self._write_answer(self.before_answer(tools) + text)
 
-    def read_answer(self, token_ids: Sequence[int]) -> str:
+    def read_answer(self, token_ids: Sequence[int], tools: Tools = ()) -> str:
         kept = list(token_ids)
         while kept and kept[-1] in self._stop_ids:
             kept.pop()
         before_end = self._end_ids[:-1]  # such as the blank that Llama 2 writes between an answer and </s>
         if before_end and len(kept) < len(token_ids) and kept[-len(before_end) :] == before_end:
             del kept[-len(before_end) :]
-        return self._decode_inside(kept)
+        return self._decode_inside(kept).removeprefix(self.before_answer(tools))
 
     def show_tokens(self, token_ids: Sequence[int]) -> list[str]:
         shown = [""] * len(token_ids)
@@ -317,6 +322,21 @@ class TemplateRenderer(Renderer):
         """What the tokenizer puts before every text, such as ``<bos>``; an end token it adds is left out."""
         ids = self._tokenizer("", add_special_tokens=True)["input_ids"]
         return tuple(i for i in ids if i != self._tokenizer.eos_token_id or i == self._tokenizer.bos_token_id)
+
+    def _find_reply_opening(self) -> str:
+        """The line break that the template writes between what asks for a reply and the reply; empty, as a rule.
+
+        GLM-4's history says ``<|assistant|>⏎Hello`` while its prompts end in ``<|assistant|>``: where no tool can be
+        called, the line break is no answer's own. What is more than line breaks, such as a thought, is no opening.
+        """
+        if not self._template:
+            return ""
+        asked = [Message(role="user", text="?")]
+        prompt = self._apply_template(asked, (), prompt=True)
+        whole = self._apply_template([*asked, Message(role="assistant", text=_ANSWER_MARK)], (), prompt=False)
+        before, _, _ = whole.partition(_ANSWER_MARK)
+        opening = before[len(prompt) :] if before.startswith(prompt) else ""
+        return opening if not opening.strip("\r\n") else ""
 
     def _find_end(self) -> list[int]:
         """The tokens that end an answer: what the template writes after it up to its first control token, else eos."""
