@@ -1,0 +1,307 @@
+"""P-Tuning v2: keys and values that are learnt and stand before every row, in every layer (Liu et al. 2021, arXiv:2110.07602).
+
+The prefix takes no positions (a row's first token stays at 0), is not rotated, and every token sees all of it, in layers
+with a sliding window too. All other parameters are frozen. The parameters have the names and shapes of the ChatGLM
+releases' own prefix encoders, so their checkpoints are read and written as they are (prefix_files.py).
+
+Attention over packed rows and over the engine's cache takes the prefix from `prefix_states`. Everything else calls the
+model as any transformers model: hooks then put the prefix before each layer's keys and values, and before its mask.
+
+Shapes: P tokens of prefix, L layers, K key/value heads, D head size, b rows, s new tokens, c columns of keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, PreTrainedModel
+
+from ..errors import ModelError
+
+_GIVEN = "prefix_given"
+"""The keyword by which a prefix travels from the decoder to its attention layers."""
+
+_PACKED_KEYWORDS = ("row_starts", "chunks")
+"""What tells a call of packed or row-wise attention, which see to the prefix themselves."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefixShape:
+    """The sizes of a model that a prefix must fit."""
+
+    num_layers: int
+    num_heads: int
+    """Key/value heads."""
+    head_size: int
+    hidden_size: int
+
+    @property
+    def num_numbers(self) -> int:
+        """Keys and values of one token, in all layers."""
+        return 2 * self.num_layers * self.num_heads * self.head_size
+
+
+@dataclass(kw_only=True, slots=True)
+class _Given:
+    """The prefix of one call of the decoder."""
+
+    keys: Tensor
+    values: Tensor
+    layers: set[int] = field(default_factory=set)
+    """Those that have taken it."""
+
+
+class _CacheBehindPrefix:
+    """What an attention layer takes for its cache: the real one, if any, which never holds the prefix."""
+
+    def __init__(self, cache: Cache | None, given: _Given) -> None:
+        self.cache = cache
+        self.given = given
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[b, K, P + c, D]`` of the prefix, of what is cached and of the new tokens."""
+        if self.cache is not None:
+            keys, values = self.cache.update(keys, values, layer_idx, *args, **kwargs)
+        prefix = (states[layer_idx].expand(len(keys), -1, -1, -1).to(keys) for states in _states_of(self.given))
+        return cast(tuple[Tensor, Tensor], tuple(torch.cat(pair, dim=-2) for pair in zip(prefix, (keys, values))))
+
+
+def _states_of(given: _Given) -> tuple[Tensor, Tensor]:
+    return given.keys, given.values
+
+
+class PrefixEncoder(nn.Module):
+    """The prefix's parameters, always float32; a call gives keys and values, both ``[L, K, P, D]``.
+
+    Directly: ``embedding`` ``[P, 2LKD]``. With a projection: ``embedding`` ``[P, E]``, ``trans.0`` ``[H, E]``, tanh,
+    ``trans.2`` ``[2LKD, H]``, where H is the hidden size; E is H as in ChatGLM-6B, or 2LKD as in ChatGLM2 and ChatGLM3.
+    Of the 2L parts of a token's numbers, part 2i holds the keys of layer i and part 2i + 1 its values.
+    """
+
+    def __init__(
+        self,
+        shape: PrefixShape,
+        *,
+        num_virtual_tokens: int,
+        projection: bool,
+        embedding_size: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            shape: the model's sizes.
+            num_virtual_tokens: P, the original configurations' ``pre_seq_len``.
+            projection: learn the prefix through a network of two layers.
+            embedding_size: E; H by default. Without a projection there is no choice.
+            dropout: on the prefix while training, 0–1.
+        """
+        super().__init__()
+        self.shape = shape
+        self.projection = projection
+        self.dropout = dropout
+        self.on = True
+        """Whether the model has its prefix at the moment, see `without_prefix`."""
+        self.hooks: list[RemovableHandle] = []
+        size = (embedding_size or shape.hidden_size) if projection else shape.num_numbers
+        self.embedding = nn.Embedding(num_virtual_tokens, size)
+        if projection:
+            self.trans = nn.Sequential(
+                nn.Linear(size, shape.hidden_size), nn.Tanh(), nn.Linear(shape.hidden_size, shape.num_numbers)
+            )
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P."""
+        return self.embedding.num_embeddings
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, both ``[L, K, P, D]`` and float32; with dropout in training mode."""
+        numbers = self.trans(self.embedding.weight) if self.projection else self.embedding.weight
+        shape = self.shape
+        parts = numbers.view(self.num_virtual_tokens, shape.num_layers, 2, shape.num_heads, shape.head_size)
+        parts = nn.functional.dropout(parts, self.dropout, training=self.training)
+        keys, values = parts.permute(2, 1, 3, 0, 4)
+        return keys, values
+
+    def before_decoder(
+        self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Hook: give the call of the decoder its prefix."""
+        if not self.on or any(kwargs.get(name) is not None for name in _PACKED_KEYWORDS):
+            return None
+        implementation = cast(PreTrainedModel, decoder).config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise ModelError(
+                f"A P-Tuning prefix is computed with sdpa or eager attention, but the model is set to "
+                f"{implementation!r}. Load it with attn_implementation='sdpa'."
+            )
+        keys, values = self()
+        return args, {**kwargs, _GIVEN: _Given(keys=keys, values=values)}
+
+    def after_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Hook: a model that goes another way must not lose its prefix unnoticed."""
+        given: _Given | None = kwargs.get(_GIVEN)
+        if given is not None and len(given.layers) != self.shape.num_layers:
+            raise ModelError(
+                f"{len(given.layers)} of {self.shape.num_layers} layers of {type(decoder).__name__} took the prefix, "
+                f"so P-Tuning cannot be used with this model. Use LoRA."
+            )
+
+    def before_attention(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        """Hook: put the prefix before the keys, values and mask of one layer."""
+        given: _Given | None = kwargs.get(_GIVEN)
+        if given is None:
+            return None
+        named = dict(zip(inspect.signature(attention.forward).parameters, args)) | kwargs
+        del named[_GIVEN]
+        layer: Any = attention
+        given.layers.add(layer.layer_idx)
+        mask, states = named.get("attention_mask"), named["hidden_states"]
+        named["attention_mask"] = _lengthened(mask, states, self.num_virtual_tokens, layer.config._attn_implementation)
+        named["past_key_values"] = _CacheBehindPrefix(named.get("past_key_values"), given)
+        return (), named
+
+
+def _lengthened(mask: Tensor | None, states: Tensor, num_virtual_tokens: int, implementation: str) -> Tensor | None:
+    """The mask of a layer with columns before it that every token sees.
+
+    Args:
+        mask: ``[b, 1, s, c]``, boolean (True is seen) or scores to be added; None: as `implementation` has it.
+        states: the layer's input ``[b, s, hidden]``.
+        num_virtual_tokens: how many columns.
+        implementation: ``sdpa``, for which no mask means causal, or ``eager``, for which it means everything.
+    """
+    if mask is None:
+        length = states.shape[1]
+        if length == 1 or implementation == "eager":
+            return None
+        mask = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()[None, None]
+    if mask.ndim != 4:
+        raise ModelError(f"The prefix cannot be put before an attention mask of shape {list(mask.shape)}.")
+    seen = True if mask.dtype == torch.bool else 0.0
+    return nn.functional.pad(mask, (num_virtual_tokens, 0), value=seen)
+
+
+def attach_prefix(
+    model: PreTrainedModel, *, num_virtual_tokens: int, projection: bool, dropout: float = 0.0, seed: int = 0
+) -> PreTrainedModel:
+    """`model` itself with a fresh trainable prefix in its submodule ``prefix_encoder``; everything else is frozen.
+
+    The prefix starts from `seed` alone, drawn as the originals draw it: the embedding from N(0, 1), the layers of the
+    projection uniformly as `nn.Linear` does. A prefix that was there is replaced.
+
+    Raises:
+        ModelError: the model's layers cannot take a prefix.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder = PrefixEncoder(
+            prefix_shape(model),
+            num_virtual_tokens=num_virtual_tokens,
+            projection=projection,
+            embedding_size=_embedding_size(model),
+            dropout=dropout,
+        )
+    model.requires_grad_(False)
+    put_prefix(model, encoder)
+    return model
+
+
+def _embedding_size(model: PreTrainedModel) -> int | None:
+    """E: what ChatGLM2 and ChatGLM3, which are transformers' Glm, have in their checkpoints; None: the hidden size."""
+    return prefix_shape(model).num_numbers if model.config.model_type == "glm" else None
+
+
+def put_prefix(model: PreTrainedModel, encoder: PrefixEncoder) -> None:
+    """Make `encoder` the prefix of `model`; of the model's own device and mode, whatever its dtype float32.
+
+    Raises:
+        ModelError: the model's layers cannot take a prefix.
+    """
+    layers = _attention_layers(model)
+    previous = prefix_encoder_of(model)
+    for hook in previous.hooks if previous is not None else []:
+        hook.remove()
+    model.add_module("prefix_encoder", encoder.to(model.device, torch.float32).train(model.training))
+    decoder = model.get_decoder()
+    encoder.hooks = [
+        decoder.register_forward_pre_hook(encoder.before_decoder, with_kwargs=True),
+        decoder.register_forward_hook(encoder.after_decoder, with_kwargs=True),
+        *(layer.register_forward_pre_hook(encoder.before_attention, with_kwargs=True) for layer in layers),
+    ]
+
+
+def prefix_shape(model: PreTrainedModel) -> PrefixShape:
+    """The sizes that a prefix of `model` must have."""
+    config = model.config.get_text_config()
+    num_heads = config.num_attention_heads
+    return PrefixShape(
+        num_layers=config.num_hidden_layers,
+        num_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        hidden_size=config.hidden_size,
+    )
+
+
+def _attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention of every layer. Raises ModelError where there is not one of the model's head size in each."""
+    shape = prefix_shape(model)
+    found: dict[int, nn.Module] = {}
+    for module in model.get_decoder().modules():
+        layer: Any = module
+        if type(module).__name__.endswith("Attention") and isinstance(getattr(module, "layer_idx", None), int):
+            found[layer.layer_idx] = module
+    alike = all(getattr(module, "head_dim", None) == shape.head_size for module in found.values())
+    if sorted(found) != list(range(shape.num_layers)) or not alike:
+        raise ModelError(
+            f"P-Tuning needs a model with one attention of {shape.head_size} features a head in each of its "
+            f"{shape.num_layers} layers; {type(model).__name__} has {len(found)}, or of other sizes. Use LoRA."
+        )
+    return [found[place] for place in sorted(found)]
+
+
+def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def prefix_encoder_of(model: PreTrainedModel | PeftModel) -> PrefixEncoder | None:
+    """The prefix of `model`, switched on or off; None where it has none."""
+    found = getattr(_plain(model), "prefix_encoder", None)
+    return found if isinstance(found, PrefixEncoder) else None
+
+
+def prefix_states(model: PreTrainedModel | PeftModel) -> tuple[Tensor, Tensor] | None:
+    """Keys and values of the prefix, both ``[L, K, P, D]`` in the model's dtype, with a way back for gradients.
+
+    None where the model has no prefix, or where it is switched off. In training mode every call drops out anew.
+    """
+    encoder = prefix_encoder_of(model)
+    if encoder is None or not encoder.on:
+        return None
+    keys, values = encoder()
+    dtype = _plain(model).dtype
+    return keys.to(dtype), values.to(dtype)
+
+
+@contextmanager
+def without_prefix(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within this `model` computes without its prefix, as it did before it was tuned."""
+    encoder = prefix_encoder_of(model)
+    before = encoder is not None and encoder.on
+    try:
+        if encoder is not None:
+            encoder.on = False
+        yield
+    finally:
+        if encoder is not None:
+            encoder.on = before
