@@ -64,7 +64,7 @@ def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     limit = 2 ** (bits - 1) - 1
     packed = torch.empty(num_rows, num_columns * bits // 8, dtype=torch.int8, device=weight.device)
     scale = torch.empty(num_rows, dtype=torch.float16, device=weight.device)
-    for a, b in _blocks(num_rows, num_columns, weight.device):
+    for a, b in row_blocks(num_rows, num_columns, weight.device):
         block = weight[a:b].detach().to(torch.float16)
         largest = block.abs().amax(dim=1)
         if not torch.isfinite(largest).all():
@@ -96,7 +96,7 @@ def _check_bits(bits: int) -> None:
         raise ModelError(f"Weights are quantised to 4 or 8 bits, not to {bits}.")
 
 
-def _blocks(num_long: int, num_across: int, device: torch.device) -> Iterator[tuple[int, int]]:
+def row_blocks(num_long: int, num_across: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Even ranges over `num_long` rows of `num_across` numbers, each within the block size of `device`."""
     size = _BLOCK_GPU if device.type == "cuda" else _BLOCK_CPU
     step = max(16, size // max(num_across, 1) // 16 * 16)
@@ -144,7 +144,7 @@ def quantized_linear(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Ten
     rows = x.reshape(-1, x.shape[-1])
     unpack = _unpack_on(x.device.type)
     out = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
-    for a, b in _blocks(packed.shape[0], x.shape[-1], x.device):
+    for a, b in row_blocks(packed.shape[0], x.shape[-1], x.device):
         out[:, a:b] = rows @ unpack(packed[a:b], scale[a:b], bits, x.dtype).t()
     return out.view(*x.shape[:-1], packed.shape[0])
 
@@ -161,7 +161,7 @@ def quantized_linear_backward(grad: Tensor, packed: Tensor, scale: Tensor, bits:
     unpack = _unpack_on(grad.device.type)
     num_columns = packed.shape[1] * 8 // bits
     out = torch.empty(rows.shape[0], num_columns, dtype=grad.dtype, device=grad.device)
-    for a, b in _blocks(num_columns, packed.shape[0], grad.device):
+    for a, b in row_blocks(num_columns, packed.shape[0], grad.device):
         out[:, a:b] = rows @ unpack(packed[:, a * bits // 8 : b * bits // 8], scale, bits, grad.dtype)
     return out.view(*grad.shape[:-1], num_columns)
 
@@ -249,7 +249,7 @@ class QuantizedLinear(nn.Linear):
     def float_weight(self, dtype: torch.dtype) -> Tensor:
         """The whole weight ``[out, in]`` unpacked."""
         out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
-        for a, b in _blocks(self.out_features, self.in_features, out.device):
+        for a, b in row_blocks(self.out_features, self.in_features, out.device):
             out[a:b] = dequantize_weight(self.weight[a:b], self.weight_scale[a:b], self.bits, dtype)
         return out
 
