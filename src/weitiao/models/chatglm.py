@@ -26,11 +26,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..errors import ModelError
 from .chatglm_config import ChatGlmConfig
+from .chatglm_flash import stretches
 from .chatglm_layers import ChatGlmAttention, ChatGlmBlock
 from .chatglm_positions import (
     context_blocks,
+    over_all_columns,
     places_of,
     positions_of,
+    real_tokens,
     refuse_divided_context,
     rotation,
     visible,
@@ -111,12 +114,8 @@ class ChatGlmModel(ChatGlmPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         batch, length = hidden_states.shape[:2]
-        real = None
-        if attention_mask is not None and attention_mask.ndim == 2:
-            real = attention_mask[:, -length:].to(hidden_states.device).bool()
-        elif attention_mask is not None:
-            real = self._real_of(attention_mask, length)
-        positions = self._positions(input_ids, real, position_ids).expand(batch, 2, length)
+        real = None if attention_mask is None else real_tokens(attention_mask, length)
+        positions = self.read_positions(input_ids, real, position_ids).expand(batch, 2, length)
         mask = self._mask(attention_mask, real, positions, past_key_values, hidden_states)
         rotations = rotation(positions, self.config.head_dim, hidden_states.dtype)
         for layer in self.layers:
@@ -132,31 +131,20 @@ class ChatGlmModel(ChatGlmPreTrainedModel):
             last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
         )
 
-    def _real_of(self, attention_mask: Tensor, length: int) -> Tensor:
-        """``[b, s]`` of a mask ``[b, 1, s, p + s]`` with True where a token must not look: False at padding."""
-        if attention_mask.ndim != 4 or attention_mask.dtype != torch.bool or attention_mask.shape[2] != length:
-            raise ModelError(
-                f"ChatGLM cannot read an attention_mask of shape {list(attention_mask.shape)} and type "
-                f"{attention_mask.dtype} for {length} tokens. Give 1 and 0 in [batch, length], or booleans "
-                "[batch, 1, length, length], True where a token must not look."
-            )
-        return ~attention_mask[:, 0, :, -length:].diagonal(dim1=1, dim2=2)
-
-    def _positions(self, input_ids: Tensor | None, real: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        """Positions ``[b or 1, 2, s]``, given or read off the rows."""
+    def read_positions(self, input_ids: Tensor | None, real: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """Positions ``[b or 1, 2, s]``: as given, or read off whole rows ``[b, s]``; `real` is False at padding."""
         if position_ids is not None and position_ids.ndim == 3 and position_ids.shape[1] == 2:
             return position_ids
         if input_ids is None:
             raise ModelError("With inputs_embeds ChatGLM needs position_ids of shape [batch, 2, length].")
         if position_ids is not None:
             counted = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real
-            if position_ids.ndim != 2 or not torch.equal(
-                (position_ids.expand_as(input_ids) * counted), places_of(counted) * counted
-            ):
+            plain = position_ids.ndim == 2 and position_ids.shape[-1] == input_ids.shape[-1]
+            if not plain or not torch.equal(position_ids.expand_as(input_ids)[counted], places_of(counted)[counted]):
                 raise ModelError(
-                    f"Plain position_ids (here of shape {list(position_ids.shape)}) must count the tokens of each row "
-                    "from 0, padding left out. ChatGLM's positions have two channels: give [batch, 2, length] for "
-                    "parts of rows and for packed rows."
+                    f"position_ids of shape {list(position_ids.shape)} do not count the tokens of each row from 0, "
+                    "padding left out. ChatGLM's positions have two channels: give [batch, 2, length] for parts of "
+                    "rows and for packed rows."
                 )
         return positions_of(input_ids, real, self.config.special_ids)
 
@@ -168,38 +156,34 @@ class ChatGlmModel(ChatGlmPreTrainedModel):
         past_key_values: Cache | None,
         embeds: Tensor,
     ) -> Any:
-        """The mask as the chosen attention function wants it; None where that one makes none."""
-        implementation = self.config._attn_implementation
+        """The mask as the chosen attention function wants it; None where it needs none."""
+        implementation, length = self.config._attn_implementation, embeds.shape[1]
         flash = is_flash_attention_requested(self.config)
-        num_cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        length = embeds.shape[1]
-        if implementation not in ("eager", "sdpa", "flex_attention") and not flash:
+        if implementation not in ("eager", "sdpa") and not flash:  # a function that knows the rows by itself
             return create_causal_mask(self.config, embeds, attention_mask, past_key_values)
+        num_cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if num_cached:
             refuse_divided_context(position_ids, real)
         if attention_mask is not None:
-            short = num_cached + length - attention_mask.shape[-1]
-            attention_mask = nn.functional.pad(attention_mask, (max(0, short), 0), value=attention_mask.ndim == 2)
+            attention_mask = over_all_columns(attention_mask, num_cached + length).to(embeds.device)
+            if attention_mask.ndim == 4 and flash:
+                raise ModelError(
+                    f"Attention {implementation!r} takes no attention_mask of four dimensions. Give 1 and 0 in "
+                    "[batch, length], or load the model with attn_implementation='sdpa'."
+                )
             if attention_mask.ndim == 4:
-                return self._given_mask(attention_mask, embeds.dtype)
-        if flash and length > 1:
-            raise ModelError(
-                f"Attention {implementation!r} cannot let the tokens of a context see each other. "
-                "Load the model with attn_implementation='sdpa'."
-            )
-        blocks = context_blocks(position_ids, num_cached) if length > 1 else None
+                return ~attention_mask if implementation == "sdpa" else _added_to_scores(attention_mask, embeds.dtype)
+        if length == 1:  # the new token sees all there is
+            return create_causal_mask(self.config, embeds, attention_mask, past_key_values)
+        if flash:
+            return stretches(position_ids, attention_mask, num_cached)
+        blocks = context_blocks(position_ids, num_cached)
         return create_causal_mask(self.config, embeds, attention_mask, past_key_values, block_sequence_ids=blocks)
 
-    def _given_mask(self, attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """A mask ``[b, 1, s, p + s]``, True where a token must not look, as SDPA or eager attention want it."""
-        if self.config._attn_implementation == "sdpa":
-            return ~attention_mask
-        if self.config._attn_implementation == "eager":
-            return attention_mask.to(dtype) * torch.finfo(dtype).min
-        raise ModelError(
-            f"Attention {self.config._attn_implementation!r} takes no attention_mask of four dimensions. "
-            "Give 1 and 0 in [batch, length], or load the model with attn_implementation='sdpa'."
-        )
+
+def _added_to_scores(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores, of the type `dtype`, so that columns with True in `hidden` get no weight."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
 
 
 class ChatGlmForCausalLM(ChatGlmPreTrainedModel, GenerationMixin):
@@ -275,8 +259,8 @@ class ChatGlmForCausalLM(ChatGlmPreTrainedModel, GenerationMixin):
 
     def _plain_mask(self, attention_mask: Tensor, input_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
         """``[b, s]``, 1 and 0, of a mask ``[b, 1, s, s]``, which must be the one that the model makes itself."""
-        real = self.transformer._real_of(attention_mask, attention_mask.shape[-1])
-        positions = self.transformer._positions(input_ids, real, position_ids)
+        real = real_tokens(attention_mask, attention_mask.shape[-1])
+        positions = self.transformer.read_positions(input_ids, real, position_ids)
         same = visible(positions, real) == ~attention_mask[:, 0]
         if not same[real.expand(same.shape[:2])].all():
             raise ModelError(
@@ -296,7 +280,7 @@ class ChatGlmForCausalLM(ChatGlmPreTrainedModel, GenerationMixin):
             input_ids = None
         mask = model_kwargs.get("attention_mask")
         real = None if mask is None or input_ids is None else mask[:, -input_ids.shape[1] :].bool()
-        return self.transformer._positions(input_ids, real, None)
+        return self.transformer.read_positions(input_ids, real, None)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1

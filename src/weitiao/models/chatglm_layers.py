@@ -6,6 +6,7 @@ Shapes: b rows, s new tokens of each, p cached ones, H heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .chatglm_config import ChatGlmConfig
+from .chatglm_flash import Stretch, attend_by_stretches
 from .chatglm_positions import rotate
 
 
@@ -29,10 +31,10 @@ def _attend_eagerly(
     **_: object,  # transformers hands every attention function the same wide set of arguments
 ) -> tuple[Tensor, Tensor]:
     """Attention ``[b, s, H, D]`` and its weights ``[b, H, s, p + s]``, by plain products; softmax in float32."""
-    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    scores = torch.matmul(query * scaling, key.transpose(2, 3)).float()
     if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        scores = scores + attention_mask  # in float16 the sum could be -inf in every column of a padding row
+    weights = scores.softmax(-1).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
@@ -54,7 +56,7 @@ class ChatGlmAttention(nn.Module):
         self,
         hidden_states: Tensor,
         rotations: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | tuple[Stretch, Stretch] | None,
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -67,6 +69,8 @@ class ChatGlmAttention(nn.Module):
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, _attend_eagerly
         )
+        if isinstance(attention_mask, tuple):
+            attend = partial(attend_by_stretches, attend)
         out, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.dense(out.reshape(*shape, -1)), weights
 
@@ -100,7 +104,7 @@ class ChatGlmBlock(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         rotations: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | tuple[Stretch, Stretch] | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:

@@ -89,6 +89,39 @@ def positions_of(input_ids: Tensor, real: Tensor | None, special: SpecialIds) ->
     return torch.stack([first, second], dim=1).masked_fill(~counted[:, None], 0)
 
 
+def real_tokens(attention_mask: Tensor, length: int) -> Tensor:
+    """``[b, s]``, False at padding, of the last `length` columns of a mask.
+
+    Args:
+        attention_mask: ``[b, p + s]``, 1 at tokens and 0 at padding; or booleans ``[b, 1, s, p + s]``, True where a
+            token must not look: padding does not look at itself.
+        length: s.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    if attention_mask.ndim == 2 and attention_mask.shape[-1] >= length:
+        return attention_mask[:, -length:].bool()
+    if attention_mask.ndim == 4 and attention_mask.dtype == torch.bool and attention_mask.shape[2] == length:
+        return ~attention_mask[:, 0, :, -length:].diagonal(dim1=1, dim2=2)
+    raise ModelError(
+        f"ChatGLM cannot read an attention_mask of shape {list(attention_mask.shape)} and type {attention_mask.dtype} "
+        f"for {length} tokens. Give 1 and 0 in [batch, length], or booleans [batch, 1, length, length], True where a "
+        "token must not look."
+    )
+
+
+def over_all_columns(attention_mask: Tensor, num_columns: int) -> Tensor:
+    """The mask, wide enough for the cached columns: those that it does not reach on its left are visible."""
+    missing = num_columns - attention_mask.shape[-1]
+    if missing < 0:
+        raise ModelError(
+            f"The attention_mask reaches over {attention_mask.shape[-1]} columns, but there are only {num_columns} "
+            "cached and new tokens. Give the cache that the mask belongs to."
+        )
+    return torch.nn.functional.pad(attention_mask, (missing, 0), value=attention_mask.ndim == 2)
+
+
 def places_of(real: Tensor) -> Tensor:
     """``[b, s]``: how many real tokens stand before each."""
     return real.long().cumsum(-1) - 1
