@@ -1,4 +1,7 @@
-"""Adapters on a model: reading them from a PEFT folder, and PEFT's LoRA layer with leaner arithmetic.
+"""Adapters on a model: read from a folder of any kind, written, switched off; PEFT's LoRA layer with leaner arithmetic.
+
+An adapted model is a `PeftModel` around the transformers model, or the transformers model itself with a P-Tuning
+prefix (ptuning.py). Which of the two it is matters here and in few other places.
 
 PEFT casts the layer's input to the adapter's fp32, runs two thin products and adds in three more passes. Here the
 adapter's weights stay fp32 parameters (what the optimiser updates and the checkpoint holds) and are cast to the
@@ -9,6 +12,7 @@ compute dtype instead: 16 × 640 numbers rather than a whole activation. Everyth
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +26,9 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from .dora import PackedDora
+from .original import read_prefix
+from .prefix_files import PREFIX_FILE, holds_prefix, load_original_prefix, load_prefix, save_prefix
+from .ptuning import prefix_encoder_of, without_prefix
 from .quantized import QuantizedLinear
 from .sources import first_line
 
@@ -88,11 +95,26 @@ class LoraLinear(PeftLoraLinear):
         return torch.add(self.base_layer(x), nn.functional.linear(low, b))
 
 
-def base_model(model: PeftModel) -> PreTrainedModel:
-    """The transformers model inside `model`, its adapter layers in place."""
-    inner = model.get_base_model()
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model inside `model`, or `model` itself; adapter layers and prefix stay in place."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
+
+
+def has_adapter(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether `model` computes with an adapter of any kind."""
+    return isinstance(model, PeftModel) or prefix_encoder_of(model) is not None
+
+
+@contextlib.contextmanager
+def without_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within this `model` computes as the model that was tuned: PEFT's adapter is off, or else the prefix.
+
+    A prefix under a PEFT adapter belongs to the model that was tuned and stays on.
+    """
+    with model.disable_adapter() if isinstance(model, PeftModel) else without_prefix(model):
+        yield
 
 
 def use_lean_layers(config: PeftConfig) -> None:
@@ -111,14 +133,37 @@ def ignoring_peft_warnings() -> Iterator[None]:
         yield
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """`model` with the PEFT adapter in `folder` on it, frozen, for inference.
+def save_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Write the adapter of `model` into `folder`: in PEFT's format, or as `save_prefix` does."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        save_prefix(model, folder)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel | PeftModel:
+    """`model` with the adapter in `folder` on it, frozen, for inference.
+
+    The folder is PEFT's, of any version; a P-Tuning prefix that `save_adapter` wrote; or a P-Tuning checkpoint of the
+    ChatGLM originals.
 
     Raises:
         ModelError: the folder holds no adapter, a damaged one, or one that does not fit the model.
     """
     if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"The folder {folder} holds no adapter: it has no adapter_config.json.")
+        if not any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+            raise ModelError(f"The folder {folder} holds no adapter: it has no adapter_config.json.")
+        return load_original_prefix(model, folder)
+    if holds_prefix(folder):
+        return load_prefix(model, folder)
+    if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
+        from .old_adapters import load_old_adapter
+
+        return load_old_adapter(model, folder)
+    return _load_peft_adapter(model, folder)
+
+
+def _load_peft_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         config = PeftConfig.from_pretrained(str(folder))
         use_lean_layers(config)
@@ -136,3 +181,15 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             f"The adapter in {folder} cannot be put on this model ({what} for {name}, and {count - 1} others like it)."
         )
     return tuned
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """SHA-256 of the weights of the adapter in `folder`, which `load_adapter` reads."""
+    for name in ("adapter_model.safetensors", "adapter_model.bin", PREFIX_FILE):
+        if (folder / name).is_file():
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for name, tensor in sorted((read_prefix(folder) or {}).items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""P-Tuning v2: keys and values that are learnt and stand before every row, in every layer (Liu et al. 2021, arXiv:2110.07602).
+"""P-Tuning v2: learnt keys and values that stand before every row, in every layer (Liu et al. 2021, arXiv:2110.07602).
 
-The prefix takes no positions (a row's first token stays at 0), is not rotated, and every token sees all of it, in layers
-with a sliding window too. All other parameters are frozen. The parameters have the names and shapes of the ChatGLM
-releases' own prefix encoders, so their checkpoints are read and written as they are (prefix_files.py).
+The prefix takes no positions (a row's first token stays at 0), is not rotated, and every token sees all of it, in
+layers with a sliding window too. All other parameters are frozen. The parameters have the names and shapes of the
+ChatGLM releases' own prefix encoders, so their checkpoints are read and written as they are (prefix_files.py).
 
 Attention over packed rows and over the engine's cache takes the prefix from `prefix_states`. Everything else calls the
 model as any transformers model: hooks then put the prefix before each layer's keys and values, and before its mask.
@@ -13,7 +13,7 @@ Shapes: P tokens of prefix, L layers, K key/value heads, D head size, b rows, s 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -214,6 +214,59 @@ def attach_prefix(
         )
     model.requires_grad_(False)
     put_prefix(model, encoder)
+    return model
+
+
+def attach_original_prefix(
+    model: PreTrainedModel, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: str = "the checkpoint"
+) -> PreTrainedModel:
+    """`model` itself with the prefix that `tensors` hold, frozen like everything else.
+
+    Args:
+        model: the model that the prefix was tuned on.
+        config: what says how the prefix should be: ``pre_seq_len`` and ``prefix_projection``, as far as it holds them.
+        tensors: the prefix encoder's, by their original names, with or without what stands before ``embedding`` or
+            ``trans``; other names are refused.
+        where: the file or folder they come from, for errors.
+
+    Raises:
+        ModelError: they are no prefix encoder, not the one that `config` tells of, or do not fit the model.
+    """
+    own = {name.rpartition("prefix_encoder.")[2]: tensor for name, tensor in tensors.items()}
+    direct = own.keys() == {"embedding.weight"}
+    projected = own.keys() == {"embedding.weight", *(f"trans.{n}.{kind}" for n in "02" for kind in ("weight", "bias"))}
+    if not (direct or projected) or own["embedding.weight"].ndim != 2:
+        raise ModelError(
+            f"{where} holds no whole prefix encoder: embedding.weight is wanted, with or without the weights and "
+            f"biases of trans.0 and trans.2, and there are {', '.join(sorted(own)) or 'none'}."
+        )
+    length, size = own["embedding.weight"].shape
+    said_length, said_projection = config.get("pre_seq_len"), config.get("prefix_projection")
+    if said_length not in (None, length):
+        raise ModelError(
+            f"The prefix in {where} has {length} tokens, but pre_seq_len is {said_length}. Set it to {length}, or give "
+            f"the prefix of {said_length} tokens."
+        )
+    if said_projection is not None and bool(said_projection) != projected:
+        raise ModelError(
+            f"The prefix in {where} has {'a' if projected else 'no'} projection, but prefix_projection is "
+            f"{str(bool(said_projection)).lower()}. Set it to {str(projected).lower()}, or give the other prefix."
+        )
+    shape = prefix_shape(model)
+    encoder = PrefixEncoder(shape, num_virtual_tokens=length, projection=projected, embedding_size=size)
+    wrong = [
+        f"{name} is {list(own[name].shape)} where {list(wanted.shape)} is wanted"
+        for name, wanted in encoder.state_dict().items()
+        if own[name].shape != wanted.shape
+    ]
+    if wrong:
+        raise ModelError(
+            f"The prefix in {where} was tuned on another model: {'; '.join(wrong)}. This one has {shape.num_layers} "
+            f"layers with {shape.num_heads} key heads of {shape.head_size} and a hidden size of {shape.hidden_size}."
+        )
+    encoder.load_state_dict(dict(own))
+    put_prefix(model, encoder)
+    model.requires_grad_(False)
     return model
 
 
