@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from weitiao.errors import ModelError
-from weitiao.models import attention
+from weitiao.models import attention, row_attention
 from weitiao.models.attention import PACKED, packed_attention
 from weitiao.render.base import Example
 from weitiao.train.batches import make_batches
@@ -102,7 +102,7 @@ def test_packed_attention_equals_dense_block_diagonal_attention(
     lengths: list[int], window: int, heads: int, kv_heads: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With blocks of 8 queries most rows are longer than a block; 12 and 40 are whole blocks and a rest."""
-    monkeypatch.setattr(attention, "_BLOCK", block)
+    monkeypatch.setattr(row_attention, "BLOCK", block)
     qkv, starts = random_inputs(lengths, heads=heads, kv_heads=kv_heads, size=16)
     ours = packed_attention(*qkv, starts, 0.3, window)
     reference = dense_attention(*qkv, lengths, 0.3, window)

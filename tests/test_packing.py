@@ -14,6 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 from weitiao.errors import ModelError
 from weitiao.models import attention
 from weitiao.models.opening import open_model
+from weitiao.models.row_attention import row_attention
 from weitiao.recipe import make_recipe
 from weitiao.render.base import Example
 from weitiao.runs import RunFolder
@@ -75,7 +76,7 @@ def test_a_model_with_an_attention_of_its_own_is_refused() -> None:
 
 def test_a_model_whose_rows_see_each_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def one_row(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scaling: float, window: int) -> Tensor:
-        return attention._row_attention(q, k, v, scaling, window).transpose(1, 2)
+        return row_attention(q, k, v, scaling, window=window).transpose(1, 2)
 
     check_packing(tiny_llama(), ROWS)
     monkeypatch.setattr(attention, "packed_attention", one_row)

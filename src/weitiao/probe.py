@@ -109,7 +109,7 @@ def _probe(recipe: Recipe, plan: Plan, device: torch.device, limit: int) -> Plan
     if estimate.memory_bytes > limit:
         return replace(plan, work=work, forecast=_no_room(device, estimate.memory_bytes, limit))
     setup = set_up(prepared.model, settings, steps=estimate.steps)
-    check_head(setup.trained, make_probe(examples).to(device))
+    check_head(setup.trained, make_probe(examples, row_prefix=setup.trained.row_prefix).to(device))
     steps = _time_steps(setup, prepared, settings) * estimate.steps
     compiles = will_compile(settings, estimate.seconds)
     peak = peak_bytes(device) + scoring_bytes(recipe, prepared) + later_bytes(device, steps=estimate.steps)
@@ -143,7 +143,13 @@ def _time_steps(setup: Setup, prepared: Prepared, settings: Train) -> float:
     def take(number: int) -> float:
         rows = steps[number]
         started = time.perf_counter()
-        batches = step_batches([examples[row] for row in rows], [tasks[row] for row in rows], settings, _device(setup))
+        batches = step_batches(
+            [examples[row] for row in rows],
+            [tasks[row] for row in rows],
+            settings,
+            _device(setup),
+            row_prefix=setup.trained.row_prefix,
+        )
         take_step(setup, batches, settings)
         _wait(_device(setup))
         return time.perf_counter() - started

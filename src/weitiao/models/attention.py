@@ -1,59 +1,39 @@
-"""Causal attention over many rows laid end to end in one sequence, without padding and without a mask.
+"""Attention over many rows laid end to end in one sequence, without padding and without a mask over all of them.
 
 Every linear layer of a model sees one sequence ``[1, total_tokens, hidden]``; only attention has to know where
 one row ends and the next begins. `PACKED` is registered in transformers' own attention interface, so any model
 that supports that interface (Gemma, Qwen, Llama, GLM …) can train on packed rows. On a CPU the alternative, a
 dense block-diagonal mask, pushes attention off its fast kernel.
 
+A token sees itself and what came before it in its row (`packed_attention`). Two things may be seen beside that
+(`prefixed_attention`): the row's context, in the rows of prefix language models, and keys and values that were learnt
+and stand before every row (P-Tuning v2). In a row of four tokens whose first two are context, behind one learnt key::
+
+    1  1 1 . .
+    1  1 1 . .
+    1  1 1 1 .
+    1  1 1 1 1
+
 This module knows tensors only: nothing about batches, losses or adapters.
 
-Shapes: T packed tokens, H query heads, K key/value heads (H a multiple of K), D head size, R rows.
+Shapes: T packed tokens, H query heads, K key/value heads (H a multiple of K), D head size, R rows, L layers, P learnt
+keys of each layer and head.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import ModelError
+from .row_attention import round_up, row_attention, row_gradients
 
 PACKED = "weitiao_packed"
 """The name under which packed attention is known to transformers (`model.set_attn_implementation(PACKED)`)."""
-
-_BLOCK = 256
-"""Queries per block of the backward pass. On 2 AMX cores, 4 query heads of 256, forward + backward of 128 tokens take
-1.05 ms this way against 1.56 ms with SDPA's own backward."""
-
-
-_ROUND_ROW = 32
-"""Rows are taken up to a multiple of so many tokens in the backward pass: oneDNN compiles and keeps a kernel for every
-new shape, and rows have as many lengths as there are."""
-
-
-def _window_mask(start: int, stop: int, first: int, window: int, device: torch.device) -> Tensor:
-    """Boolean ``[stop - start, stop - first]``: True where query start… may look at key first….
-
-    Itself and what came before; with a window > 0, itself and the `window - 1` tokens before it.
-    """
-    query = torch.arange(start, stop, device=device)[:, None]
-    key = torch.arange(first, stop, device=device)[None, :]
-    return (key <= query) & (key > query - window) if window > 0 else key <= query
-
-
-def _row_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
-    """Causal attention of one row: q ``[1, H, S, D]``, k and v ``[1, K, S, D]`` → ``[1, H, S, D]``."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    if 0 < window < q.shape[2]:
-        mask = _window_mask(0, q.shape[2], 0, window, q.device)
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
 
 
 @torch.library.custom_op("weitiao::packed_attention", mutates_args=())
@@ -71,7 +51,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scaling: f
     out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device)
     bounds = starts.tolist()
     for a, b in pairwise(bounds):
-        row = _row_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], scaling, window)
+        row = row_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], scaling, window=window)
         out[:, a:b] = row.transpose(1, 2)
     return out
 
@@ -93,11 +73,11 @@ def packed_attention_backward(
     )
     bounds = starts.tolist()
     for a, b in pairwise(bounds):
-        end = min(a + -(-(b - a) // _ROUND_ROW) * _ROUND_ROW, q.shape[2])
+        end = min(a + round_up(b - a), q.shape[2])
         # Tokens of the next row complete the last block: without a gradient and out of sight, they change nothing.
         grad = nn.functional.pad(grad_out[:, a:b], (0, 0, 0, 0, 0, end - b)).transpose(1, 2)
         row = (q[:, :, a:end], k[:, :, a:end], v[:, :, a:end])
-        for whole, part in zip(grads, _row_backward(grad, *row, scaling, window), strict=True):
+        for whole, part in zip(grads, row_gradients(grad, *row, scaling, window=window), strict=True):
             whole[:, :, a:b] = part[:, :, : b - a]
     return grads
 
@@ -111,65 +91,6 @@ def _(
         torch.empty_like(k, memory_format=torch.contiguous_format),
         torch.empty_like(v, memory_format=torch.contiguous_format),
     )
-
-
-def _row_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one row, one block of queries after the other, so that scores stay ``[H, block, S]`` at most.
-
-    Query heads that share a key head are stacked, so keys are never repeated.
-    """
-    _, num_heads, length, size = q.shape
-    num_kv = k.shape[1]
-    groups = num_heads // num_kv
-
-    def stacked(x: Tensor, a: int, b: int) -> Tensor:
-        return x[0, :, a:b].reshape(num_kv, groups * (b - a), size)
-
-    if length <= _BLOCK:
-        hidden = _hidden_keys(0, length, 0, window, q.device)
-        grad_q, grad_k, grad_v = _block_backward(
-            stacked(grad, 0, length), stacked(q, 0, length), k[0], v[0], hidden, scaling
-        )
-        return grad_q.view(1, num_heads, length, size), grad_k[None], grad_v[None]
-    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    grad_k, grad_v = (torch.zeros(num_kv, length, size, dtype=torch.float32, device=q.device) for _ in "kv")
-    for a in range(0, length, _BLOCK):
-        b = min(a + _BLOCK, length)
-        first = max(0, a - window + 1) if window > 0 else 0
-        hidden = _hidden_keys(a, b, first, window, q.device)
-        part_q, part_k, part_v = _block_backward(
-            stacked(grad, a, b), stacked(q, a, b), k[0, :, first:b], v[0, :, first:b], hidden, scaling
-        )
-        grad_q[0, :, a:b] = part_q.view(num_heads, b - a, size)
-        grad_k[:, first:b] += part_k
-        grad_v[:, first:b] += part_v
-    return grad_q, grad_k[None].to(k.dtype), grad_v[None].to(v.dtype)
-
-
-def _block_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries ``[K, groups · Q, D]`` over keys ``[K, S, D]``; `hidden` ``[Q, S]`` is True out of sight."""
-    num_kv = len(q)
-    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scaling)
-    scores.view(num_kv, -1, *hidden.shape).masked_fill_(hidden, float("-inf"))
-    probabilities = scores.softmax(-1)
-    grad_p = torch.bmm(grad, v.transpose(1, 2)).float()
-    centre = (grad_p * probabilities).sum(-1, keepdim=True)
-    grad_scores = grad_p.sub_(centre).mul_(probabilities).mul_(scaling).to(q.dtype)
-    return (
-        torch.bmm(grad_scores, k),
-        torch.bmm(grad_scores.transpose(1, 2), q),
-        torch.bmm(probabilities.to(q.dtype).transpose(1, 2), grad),
-    )
-
-
-@lru_cache(maxsize=256)
-def _hidden_keys(start: int, stop: int, first: int, window: int, device: torch.device) -> Tensor:
-    """The opposite of `_window_mask`, kept: making it took as long as a product of the backward pass."""
-    return ~_window_mask(start, stop, first, window, device)
 
 
 def _setup_context(
@@ -192,6 +113,145 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 packed_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
+# --- Rows that see a context and learnt keys -------------------------------------------------------------------------
+
+
+@torch.library.custom_op("weitiao::prefixed_attention", mutates_args=())
+def prefixed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    starts: Tensor,
+    contexts: Tensor,
+    scaling: float,
+    window: int,
+) -> Tensor:
+    """As `packed_attention`, of rows whose tokens all see the row's context, and learnt keys before it.
+
+    Args:
+        q: ``[1, H, T, D]``.
+        k: ``[1, K, T, D]``.
+        v: ``[1, K, T, D]``.
+        past_k: ``[K, P, D]``, the same before every row; P may be 0.
+        past_v: ``[K, P, D]``.
+        starts: ``[R + 1]`` integer offsets of the rows on the CPU, from 0 to T.
+        contexts: ``[R]`` integers on the CPU: how many tokens, from the first on, every token of the row sees.
+        scaling: factor on the scores.
+        window: sliding window over the row's own tokens, 0 for none; contexts have none.
+    """
+    out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device)
+    past = past_k.shape[1]
+    for a, b, context in _rows_with_contexts(starts, contexts, window):
+        row = (q[:, :, a:b], _behind(past_k, k[:, :, a:b]), _behind(past_v, v[:, :, a:b]))
+        out[:, a:b] = row_attention(*row, scaling, window=window, past=past, context=context).transpose(1, 2)
+    return out
+
+
+@prefixed_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    starts: Tensor,
+    contexts: Tensor,
+    scaling: float,
+    window: int,
+) -> Tensor:
+    return q.new_empty(1, q.shape[2], q.shape[1], q.shape[3])
+
+
+def _rows_with_contexts(starts: Tensor, contexts: Tensor, window: int) -> list[tuple[int, int, int]]:
+    """Where each row begins and ends in the sequence, and the length of its context."""
+    rows = [(a, b, context) for (a, b), context in zip(pairwise(starts.tolist()), contexts.tolist(), strict=True)]
+    for a, b, context in rows:
+        if not 0 <= context <= b - a:
+            raise ValueError(f"A row of {b - a} tokens cannot have {context} tokens of context.")
+        if context and window:
+            raise ModelError(
+                f"A sliding window of {window} tokens would hide a part of the context from tokens that must see all "
+                "of it. Rows with a context need layers of full attention."
+            )
+    return rows
+
+
+def _behind(past: Tensor, row: Tensor) -> Tensor:
+    """A row's keys or values ``[1, K, P + S, D]``, the learnt ones ``[K, P, D]`` first."""
+    return torch.cat([past[None], row], dim=2) if past.shape[1] else row
+
+
+@torch.library.custom_op("weitiao::prefixed_attention_backward", mutates_args=())
+def prefixed_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    starts: Tensor,
+    contexts: Tensor,
+    scaling: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `prefixed_attention` with respect to q, k, v and the learnt keys and values, in their shapes."""
+    past = past_k.shape[1]
+    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (past_k, past_v)]  # over the rows
+    for a, b, context in _rows_with_contexts(starts, contexts, window):
+        end = min(a + round_up(b - a), q.shape[2])
+        # As in packed_attention_backward: what completes the last block stands behind every context.
+        grad = nn.functional.pad(grad_out[:, a:b], (0, 0, 0, 0, 0, end - b)).transpose(1, 2)
+        row = (q[:, :, a:end], _behind(past_k, k[:, :, a:end]), _behind(past_v, v[:, :, a:end]))
+        part_q, part_k, part_v = row_gradients(grad, *row, scaling, window=window, past=past, context=context)
+        grad_q[:, :, a:b] = part_q[:, :, : b - a]
+        grad_k[:, :, a:b] = part_k[:, :, past : past + b - a]
+        grad_v[:, :, a:b] = part_v[:, :, past : past + b - a]
+        for total, part in zip(sums, (part_k, part_v), strict=True):
+            total += part[0, :, :past]
+    return grad_q, grad_k, grad_v, sums[0].to(past_k.dtype), sums[1].to(past_v.dtype)
+
+
+@prefixed_attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    starts: Tensor,
+    contexts: Tensor,
+    scaling: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return q, k, v, torch.empty_like(past_k), torch.empty_like(past_v)
+
+
+def _setup_prefixed(
+    ctx: torch.autograd.function.FunctionCtx,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int],
+    output: Tensor,
+) -> None:
+    *tensors, scaling, window = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.scaling, ctx.window = scaling, window  # type: ignore[attr-defined]
+
+
+def _prefixed_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved, scaling, window = ctx.saved_tensors, ctx.scaling, ctx.window  # type: ignore[attr-defined]
+    return (*prefixed_attention_backward(grad, *saved, scaling, window), None, None, None, None)
+
+
+prefixed_attention.register_autograd(_prefixed_backward, setup_context=_setup_prefixed)
+
+
+# --- The function transformers calls ---------------------------------------------------------------------------------
+
+
 def _attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -204,9 +264,26 @@ def _attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     row_starts: Tensor | None = None,
+    row_prefixes: Tensor | None = None,
+    past_states: tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor] | None = None,
     **_: object,  # transformers hands every attention function the same wide set of arguments
 ) -> tuple[Tensor, None]:
-    """The function transformers calls; `row_starts` reaches it through the model's forward keywords."""
+    """The function transformers calls; what it must know of the rows reaches it through the model's forward keywords.
+
+    Args:
+        module: the attention layer.
+        query: ``[1, H, T, D]``.
+        key: ``[1, K, T, D]``.
+        value: the same.
+        attention_mask: none, see `_no_mask`.
+        dropout: refused.
+        scaling: factor on the scores.
+        sliding_window: how many tokens a token may look at, itself included.
+        softcap: refused.
+        row_starts: ``[R + 1]`` offsets of the rows, on the CPU.
+        row_prefixes: ``[R]``, how many tokens of each row are its context, on the CPU; None where rows have none.
+        past_states: learnt keys and values, of each ``[L, K, P, D]`` or for each layer ``[K, P, D]``; None for none.
+    """
     if row_starts is None:
         raise ModelError(
             "Packed attention was called without row_starts, so it cannot know where rows begin. "
@@ -218,7 +295,25 @@ def _attention_forward(
             "Set train.packing=false in the recipe."
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return packed_attention(query, key, value, row_starts, float(scale), sliding_window or 0), None
+    window = sliding_window or 0
+    if row_prefixes is None and past_states is None:
+        return packed_attention(query, key, value, row_starts, float(scale), window), None
+    contexts = torch.zeros_like(row_starts[1:]) if row_prefixes is None else row_prefixes
+    if past_states is None:
+        past_k = past_v = key.new_empty(key.shape[1], 0, key.shape[3])
+    else:
+        past_k, past_v = (states.to(key.dtype) for states in _past_of_layer(module, past_states))
+    return prefixed_attention(query, key, value, past_k, past_v, row_starts, contexts, float(scale), window), None
+
+
+# A break in a compiled graph, or else each layer would be compiled anew for the sake of its number.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _past_of_layer(
+    module: nn.Module, past_states: tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The learnt keys and values of one layer, ``[K, P, D]`` each."""
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return past_states[0][layer], past_states[1][layer]
 
 
 def _no_mask(*_args: object, **_kwargs: object) -> None:

@@ -97,7 +97,7 @@ def train(
     setup = set_up(model, settings, steps=plan.steps)
     trained, optimiser, scheduler = setup.trained, setup.optimiser, setup.scheduler
     device = setup.accelerator.device
-    check_head(trained, make_probe(examples).to(device))
+    check_head(trained, make_probe(examples, row_prefix=trained.row_prefix).to(device))
 
     progress = Progress(step=0, compiled=will_compile(settings, plan.seconds))
     if checkpoints := list_checkpoints(run):
@@ -122,7 +122,8 @@ def train(
             started = time.monotonic()
             _, rows = next(order)
             row_tasks = [tasks[row] for row in rows] if tasks else [""] * len(rows)
-            batches = step_batches([examples[row] for row in rows], row_tasks, settings, device)
+            step_examples = [examples[row] for row in rows]
+            batches = step_batches(step_examples, row_tasks, settings, device, row_prefix=trained.row_prefix)
             loss, grad_norm, token_losses = take_step(setup, batches, settings)
             if not math.isfinite(grad_norm):
                 display.say(
@@ -223,7 +224,7 @@ def dev_loss(
         for start in range(0, len(dev_examples), settings.batch_size):
             rows = dev_examples[start : start + settings.batch_size]
             row_tasks = dev_tasks[start : start + settings.batch_size] or [""] * len(rows)
-            batches = step_batches(rows, row_tasks, even, device)
+            batches = step_batches(rows, row_tasks, even, device, row_prefix=trained.row_prefix)
             token_losses = [torch.empty(len(batch.targets), device=device) for batch in batches]
             for batch, losses in zip(batches, token_losses, strict=True):
                 trained(batch, losses)

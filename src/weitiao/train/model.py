@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError, RunError
 from ..models.attention import PACKED
+from ..models.prefix_lm import RowPrefix, row_prefix
+from ..models.ptuning import prefix_states
 from ..recipe import Train
 from .batches import Batch
 from .loss import head_of, supervised_loss
@@ -33,6 +35,7 @@ class TrainedModel(nn.Module):
         self.model = model
         self.body = model.get_decoder()
         self.packing = packing
+        self.wants_contexts = hasattr(model, "row_prefix")
         self.generation_attention = model.config._attn_implementation
         if packing:
             model.set_attn_implementation(PACKED)
@@ -42,10 +45,29 @@ class TrainedModel(nn.Module):
 
         `token_losses` ``[N]`` float32, where given, takes the loss of every learnt token, without gradient.
         """
-        extra = {"row_starts": batch.row_starts} if self.packing else {}
-        output = self.body(input_ids=batch.token_ids, position_ids=batch.positions, use_cache=False, **extra)
+        output = self.body(
+            input_ids=batch.token_ids, position_ids=batch.positions, use_cache=False, **self.rows_of(batch)
+        )
         hidden = output.last_hidden_state[0].index_select(0, batch.predictors)
         return supervised_loss(hidden, batch.targets, batch.weights, head_of(self.model), out=token_losses)
+
+    def rows_of(self, batch: Batch) -> dict[str, object]:
+        """What packed attention must know of the rows; nothing of a single row, which the model attends to itself."""
+        assert batch.row_prefixes is not None or not self.wants_contexts, "make_batches was not given row_prefix"
+        if not self.packing:
+            return {}
+        known: dict[str, object] = {"row_starts": batch.row_starts}
+        if batch.row_prefixes is not None:
+            known["row_prefixes"] = batch.row_prefixes
+        past = prefix_states(self.model)
+        if past is not None:
+            # layer by layer, so that a backward pass fills the gradient of the whole once and not in every layer
+            known["past_states"] = (past[0].unbind(), past[1].unbind())
+        return known
+
+    def row_prefix(self, token_ids: Sequence[int]) -> RowPrefix | None:
+        """The context of a row, which its batch must be made with; None for a model that reads from left to right."""
+        return row_prefix(self.model, token_ids)
 
     @contextmanager
     def generating(self) -> Iterator[PreTrainedModel]:
@@ -92,13 +114,12 @@ def check_head(trained: TrainedModel, batch: Batch) -> None:
     """
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         ours = trained(batch)
-        extra = {"row_starts": batch.row_starts} if trained.packing else {}
         logits = trained.model(
             input_ids=batch.token_ids,
             position_ids=batch.positions,
             use_cache=False,
             logits_to_keep=batch.predictors,
-            **extra,
+            **trained.rows_of(batch),
         ).logits[0]
         losses = nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
         theirs = (losses * batch.weights).sum()

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..models.attention import PACKED
+from ..models.prefix_lm import row_prefix
 from ..models.sources import first_line
 from ..render.base import Example
 from ..render.example_store import lengths_of
+from .batches import positions_of, prefixes_of
 
 _WAY_OUT = "Set train.packing=false: rows are then taken one at a time, which is slower."
 
@@ -70,11 +72,14 @@ def _packed(model: PreTrainedModel) -> Iterator[None]:
 def _run(model: PreTrainedModel, rows: Sequence[Example]) -> Tensor:
     """Hidden states ``[T, H]`` of the rows end to end, in float32."""
     ids = torch.tensor([[token for row in rows for token in row.token_ids]], device=model.device)
-    positions = torch.tensor([[place for row in rows for place in range(len(row))]], device=model.device)
+    prefixes = prefixes_of(rows, lambda token_ids: row_prefix(model, token_ids))
+    positions = positions_of([len(row) for row in rows], prefixes).to(model.device)
     extra = {}
     if model.config._attn_implementation == PACKED:
         ends = torch.tensor([len(row) for row in rows]).cumsum(0)
         extra["row_starts"] = torch.cat([torch.zeros(1, dtype=ends.dtype), ends])
+        if prefixes is not None:
+            extra["row_prefixes"] = torch.tensor([prefix.num_tokens for prefix in prefixes])
     output = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, **extra)
     hidden: Tensor = output.last_hidden_state[0].float()
     return hidden

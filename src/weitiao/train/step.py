@@ -21,7 +21,7 @@ from ..errors import RunError
 from ..models.adapters import base_model
 from ..recipe import Train
 from ..render.base import Example
-from .batches import ROUND_TOKENS, Batch, make_batches
+from .batches import ROUND_TOKENS, Batch, TellPrefix, make_batches
 from .model import TrainedModel
 
 _DEAD_LOSS = 0.1
@@ -81,9 +81,14 @@ def _make_scheduler(
 
 
 def step_batches(
-    rows: Sequence[Example], row_tasks: Sequence[str], settings: Train, device: torch.device
+    rows: Sequence[Example],
+    row_tasks: Sequence[str],
+    settings: Train,
+    device: torch.device,
+    *,
+    row_prefix: TellPrefix | None = None,
 ) -> list[Batch]:
-    """The passes of a step over `rows`, on `device`."""
+    """The passes of a step over `rows`, on `device`; `row_prefix` tells a row's context, see `TrainedModel`."""
     limit, round_to = _pass_rules(settings)
     batches = make_batches(
         rows,
@@ -91,6 +96,7 @@ def step_batches(
         row_balance=settings.row_balance,
         row_weights=[settings.task_weights.get(task, 1.0) for task in row_tasks],
         round_to=round_to,
+        row_prefix=row_prefix,
     )
     return [batch.to(device) for batch in batches]
 
