@@ -24,7 +24,7 @@ from ..errors import ModelError
 from .original import read_prefix
 from .ptuning import PrefixEncoder, attach_original_prefix, prefix_encoder_of
 from .shards import read_tensors
-from .sources import read_json
+from .sources import first_line, read_json
 
 PEFT_TYPE = "PTUNING_V2"
 """What adapter_config.json says of a prefix; PEFT, which has no such method, refuses it by this name."""
@@ -58,8 +58,15 @@ def save_prefix(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 
 def holds_prefix(folder: Path) -> bool:
     """Whether `folder` is an adapter that `save_prefix` wrote. Raises ModelError when its configuration is broken."""
-    file = folder / _CONFIG_FILE
-    return file.is_file() and read_json(file).get("peft_type") == PEFT_TYPE
+    try:
+        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The adapter in {folder} cannot be put on this model ({_CONFIG_FILE} is not JSON: {first_line(error)})."
+        ) from None
+    return isinstance(config, dict) and config.get("peft_type") == PEFT_TYPE
 
 
 def load_prefix(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
