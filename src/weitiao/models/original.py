@@ -77,7 +77,8 @@ def original_name_map(model: PreTrainedModel) -> dict[str, tuple[ModulePart, ...
         model: a model without adapters of a class that `open_original` returns.
     """
     if isinstance(model, ChatGlmForCausalLM):
-        return {name: (_whole(name, module),) for name, module in model.named_modules() if _has_weight(module)}
+        modules = [*model.transformer.named_modules(prefix="transformer"), ("lm_head", model.lm_head)]
+        return {name: (_whole(name, module),) for name, module in modules if _has_weight(module)}
     if not isinstance(model, GlmForCausalLM):
         raise ModelError(f"A {type(model).__name__} has no original layout: only ChatGLM and GLM-4 models have one.")
     names = {

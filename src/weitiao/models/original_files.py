@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from .chatglm import ChatGlmForCausalLM
 from .original import ModulePart, original_name_map
+from .ptuning import prefix_encoder_of
 from .quantized import quantized_bits
 
 _SHARD_BYTES = 2 << 30
@@ -37,12 +38,12 @@ def save_original(
     *,
     config: Mapping[str, Any],
     source: Path | None = None,
-    prefix: Mapping[str, Tensor] | None = None,
     shard_bytes: int = _SHARD_BYTES,
 ) -> None:
     """Write `model` to `folder` in its original layout, as safetensors of at most `shard_bytes` each.
 
-    Packed weights stay packed. At no time is more than one file's worth of weights copied.
+    Packed weights stay packed, and a P-Tuning prefix goes with the weights. No more than one file of weights is ever
+    copied in memory.
 
     Args:
         model: of `open_original`, without adapters.
@@ -50,7 +51,6 @@ def save_original(
         config: the config.json that the model was opened with. What it says of dtype, packed bits and prefix is set to
             what is written; all else stays.
         source: the folder that the model was opened from, for tokenizer, code and licences.
-        prefix: a P-Tuning prefix encoder to go with it, named from ``embedding`` or ``trans`` on.
         shard_bytes: the largest file of weights; only a single tensor may be larger.
 
     Raises:
@@ -60,7 +60,7 @@ def save_original(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{folder} is there already and not empty. Name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    extra = {**_rotary_tables(model), **{f"transformer.prefix_encoder.{name}": x for name, x in (prefix or {}).items()}}
+    extra = {**_rotary_tables(model), **_prefix(model)}
     plan = {**{name: _outline(model, *place) for name, place in _tensors(model, modules)}, **extra}
     split = split_torch_state_dict_into_shards(
         {name: tensor.to("meta") for name, tensor in plan.items()},
@@ -74,7 +74,7 @@ def save_original(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    told = json.dumps(_config(model, config, prefix), indent=2, ensure_ascii=False)
+    told = json.dumps(_config(model, config), indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(told + "\n", encoding="utf-8")
     if source is not None:
         copy_companions(source, folder)
@@ -139,7 +139,13 @@ def _rotary_tables(model: PreTrainedModel) -> dict[str, Tensor]:
     return {f"transformer.layers.{number}.attention.rotary_emb.inv_freq": half.clone() for number in layers}
 
 
-def _config(model: PreTrainedModel, config: Mapping[str, Any], prefix: Mapping[str, Tensor] | None) -> dict[str, Any]:
+def _prefix(model: PreTrainedModel) -> dict[str, Tensor]:
+    encoder = prefix_encoder_of(model)
+    own = {} if encoder is None else encoder.state_dict()
+    return {f"transformer.prefix_encoder.{name}": tensor.detach().cpu() for name, tensor in own.items()}
+
+
+def _config(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, Any]:
     """The original config.json, true of what is written."""
     told = dict(config)
     for key in {"torch_dtype", "dtype"} & told.keys():
@@ -147,9 +153,9 @@ def _config(model: PreTrainedModel, config: Mapping[str, Any], prefix: Mapping[s
     bits = quantized_bits(model)
     if bits or told.get("quantization_bit"):
         told["quantization_bit"] = bits or 0
-    if prefix:
-        told["pre_seq_len"] = len(prefix["embedding.weight"])
-        told["prefix_projection"] = any(name.startswith("trans.") for name in prefix)
+    encoder = prefix_encoder_of(model)
+    if encoder is not None:
+        told |= {"pre_seq_len": encoder.num_virtual_tokens, "prefix_projection": encoder.projection}
     elif told.get("pre_seq_len"):
         told["pre_seq_len"] = None
     return told
