@@ -33,6 +33,7 @@ _OTHER_FILES = ("adapter_", "prefix_encoder", "optimizer", "scheduler", "trainin
 """How files begin that are no part of the model's weights."""
 
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.(?:safetensors|bin))")
+_LFS = b"version https://git-lfs"
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
 
@@ -181,16 +182,18 @@ def _require_files(folder: Path, names: Collection[str], told_by: str) -> None:
 
 
 def _can_be_mapped(file: Path) -> bool:
-    return file.suffix == ".safetensors" or _first_bytes(file) == _ZIP
+    return file.suffix == ".safetensors" or _begins_with(file, _ZIP)
 
 
-def _first_bytes(file: Path) -> bytes:
+def _begins_with(file: Path, first: bytes) -> bool:
     with file.open("rb") as stream:
-        return stream.read(len(_ZIP))
+        return stream.read(len(first)) == first
 
 
 def _read(file: Path) -> dict[str, Tensor]:
     """The tensors of `file`, mapped where that can be."""
+    if _begins_with(file, _LFS):
+        raise ModelError(f"{file} only points to the weights, which Git LFS keeps elsewhere. Fetch them: git lfs pull.")
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as weights:
@@ -218,7 +221,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 def _code_or_garbage(file: Path, error: Exception) -> ModelError:
     """What to say of a pickled file that is more than weights."""
-    if _first_bytes(file)[:1] != _PICKLE and _first_bytes(file) != _ZIP:
+    if not _begins_with(file, _PICKLE) and not _begins_with(file, _ZIP):
         return ModelError(f"{file} is not a file of weights. Download it again.")
     named = re.search(r"GLOBAL (\S+)", str(error))
     what = f" ({named[1]})" if named else ""
