@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import DynamicCache
 
 from weitiao.models.chatglm import ChatGlmForCausalLM
 from weitiao.models.chatglm_config import ChatGlmConfig
@@ -178,6 +179,35 @@ def test_greedy_answers_are_those_of_the_released_code(name: str, case_name: str
         real = (~given["attention_mask"][:, 0].diagonal(dim1=1, dim2=2)).long()
         assert torch.equal(model.generate(given["input_ids"], attention_mask=real, **options), wanted)
         assert torch.equal(model.generate(given["input_ids"], attention_mask=real, use_cache=False, **options), wanted)
+
+
+@pytest.mark.parametrize("name", ["chatglm_v1_ptuning/no_projection", "chatglm_v1_ptuning/projection"])
+def test_keys_that_wait_in_the_cache_are_seen_by_all_and_shift_nothing(name: str) -> None:
+    """As P-Tuning v2 has them; whole rows follow, with masks that say nothing of the cached columns."""
+    model, case = model_of(name), goldens(name)
+
+    def cached(batch: int) -> DynamicCache:
+        states = DynamicCache(config=model.config)
+        for layer, pair in enumerate(zip(case["prefix/past_k"], case["prefix/past_v"])):
+            key, value = (half[:, :1].permute(1, 2, 0, 3).expand(batch, -1, -1, -1) for half in pair)
+            states.update(key, value, layer)
+        return states
+
+    with torch.no_grad():
+        given = model(**inputs(case, "single"), past_key_values=cached(1), output_hidden_states=True)
+        assert off(given.logits, case["single/logits"]) < LOGITS
+        assert off(torch.stack(given.hidden_states), case["single/hidden_states"]) < LOGITS
+        valid = case["leftpad/valid"]
+        for mask in (case["leftpad/attention_mask"], valid.long()):
+            logits = model(case["leftpad/input_ids"], attention_mask=mask, past_key_values=cached(3)).logits
+            assert off(logits[valid], case["leftpad/logits"][valid]) < LOGITS
+        trained = model(**inputs(case, "train_rightpad"), past_key_values=cached(2))
+        assert abs(trained.loss.item() - case["train_rightpad/loss"].item()) < 1e-5
+    for prefix, batch in (("gen_single", 1), ("gen_leftpad", 3)):
+        answer = model.generate(
+            **inputs(case, prefix), past_key_values=cached(batch), max_new_tokens=12, do_sample=False
+        )
+        assert torch.equal(answer, case[f"{prefix}/sequences"])
 
 
 def test_rotations_are_those_of_the_released_model() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -190,6 +191,12 @@ class ChatGlmForCausalLM(ChatGlmPreTrainedModel, GenerationMixin):
     """Token ids → logits; generates as transformers' other models do."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
+    _supported_generation_modes = [  # noqa: RUF012 (an assistant's candidates would be given positions of one channel)
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+        GenerationMode.BEAM_SEARCH,
+        GenerationMode.BEAM_SAMPLE,
+    ]
 
     def __init__(self, config: ChatGlmConfig) -> None:
         super().__init__(config)
@@ -254,7 +261,10 @@ class ChatGlmForCausalLM(ChatGlmPreTrainedModel, GenerationMixin):
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is not None and attention_mask.ndim != 2:
             input_ids = kwargs.get("input_ids") if inputs is None else inputs
-            kwargs["attention_mask"] = self._plain_mask(attention_mask, input_ids, kwargs.get("position_ids"))
+            cached = kwargs.get("past_key_values")
+            plain = self._plain_mask(attention_mask, input_ids, kwargs.get("position_ids"))
+            num_columns = plain.shape[1] + (0 if cached is None else int(cached.get_seq_length()))
+            kwargs["attention_mask"] = over_all_columns(plain, num_columns)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _plain_mask(self, attention_mask: Tensor, input_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
@@ -276,11 +286,25 @@ class ChatGlmForCausalLM(ChatGlmPreTrainedModel, GenerationMixin):
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """Positions ``[b, 2, s]`` of the prompts."""
         input_ids = model_kwargs.get("input_ids", inputs_tensor)
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
-            input_ids = None
+        if input_ids.is_floating_point() or input_ids.shape[1] == 0:
+            input_ids = None  # there are embeddings instead
         mask = model_kwargs.get("attention_mask")
         real = None if mask is None or input_ids is None else mask[:, -input_ids.shape[1] :].bool()
         return self.transformer.read_positions(input_ids, real, None)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Any = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Several answers to each row; transformers takes the first dimension of such positions for another one."""
+        position_ids = model_kwargs.pop("position_ids")
+        inputs, others = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return inputs, {**others, "position_ids": position_ids.repeat_interleave(expand_size, dim=0)}
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
