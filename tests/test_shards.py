@@ -251,7 +251,7 @@ def test_a_pointer_in_place_of_a_file_is_told_as_such(tmp_path: Path, kind: str)
     folder = write_checkpoint(tmp_path, make_config(), make_weights(make_config()), kind=kind)
     (file,) = (file for file in folder.iterdir() if file.suffix in (".bin", ".safetensors"))
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 1815221411\n")
-    with pytest.raises(ModelError, match="only points to the weights, .* git lfs pull"):
+    with pytest.raises(ModelError, match=r"only points to the weights, .* git lfs pull"):
         opened(folder)
 
 
