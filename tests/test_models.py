@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from weitiao.errors import ModelError, RecipeError
-from weitiao.models.adapters import LoraLinear, use_lean_layers
 from weitiao.models.families import family_of
+from weitiao.models.lora_layers import LoraLinear, use_lean_layers
 from weitiao.models.opening import OpenModel, load_tokenizer, open_model, open_renderer
 from weitiao.models.sources import fingerprint, model_folder
 from weitiao.recipe import Lora

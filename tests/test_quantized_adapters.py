@@ -13,7 +13,8 @@ from peft.tuners.lora.layer import Linear as PeftLoraLinear
 
 from test_quantized import glm
 from weitiao.errors import ModelError
-from weitiao.models.adapters import LoraLinear, ignoring_peft_warnings, load_adapter, use_lean_layers
+from weitiao.models.adapters import load_adapter
+from weitiao.models.lora_layers import LoraLinear, ignoring_peft_warnings, use_lean_layers
 from weitiao.models.quantized import QuantizedLinear, dequantize_model, is_quantized, quantize_model
 
 KINDS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
