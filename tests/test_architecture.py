@@ -36,17 +36,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "environment": set(),
     "models": {"errors", "cache", "messages", "render"},
     "check": {"errors", "messages", "data", "tasks", "render", "recipe", "dataset", "runs", "visible", "models"},
+    "migrate": {"errors", "data", "recipe", "runs", "models"},
     "tuning": {"errors", "recipe", "models"},
     "train": {"errors", "data", "tasks", "render", "recipe", "runs", "models", "tuning"},
     "generate": {"errors", "messages", "tasks", "render", "models"},
-    "evaluate": {"errors", "messages", "data", "tasks", "render", "runs", "visible", "generate"},
+    "evaluate": {"errors", "messages", "data", "tasks", "render", "runs", "visible", "models", "generate"},
 }
 TOP = {"tune", "token_cache", "preparation", "decoding", "dev_scoring", "lookup", "probe", "apply", "evaluation",
        "prompting", "cli", "__init__", "__main__"}  # fmt: skip
 """They bring everything together; nothing imports them but each other."""
 
 WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "contract", "recipe",
-                 "recipe_problems", "dataset", "init", "visible", "check", "cli", "__init__", "__main__"}  # fmt: skip
+                 "recipe_problems", "dataset", "init", "visible", "check", "migrate", "cli", "__init__", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "matplotlib"}
 WITH_NUMPY = {"data/near.py", "data/checks.py", "data/pieces.py", "data/postings.py", "render/example_store.py"}
 """A hundred thousand signatures take a second in numpy, minutes without; so does finding equal ones of a million."""

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,6 +25,7 @@ from .evaluate.abstain import route
 from .evaluate.calibration import CALIBRATION_FILE, RunCalibration
 from .evaluate.predict import OWN_KEYS, Answerer, OnReply, predict_rows
 from .generate.engine import Sampling
+from .models.adapters import has_adapter, without_adapter
 from .models.opening import OpenModel, open_model
 from .render.fitting import shorten_record
 from .render.shots import add_neighbours
@@ -46,7 +46,7 @@ def open_run(path: str | Path, *, base_model: str | None = None) -> tuple[RunFol
     run = RunFolder.open(path)
     contract = Contract.read(run.contract)
     source = base_model or contract.base
-    opened = open_model(source, adapter=run.adapter, dtype=contract.dtype)
+    opened = open_model(source, adapter=run.adapter, dtype=contract.dtype, quantize=contract.quantize)
     contract.require_base(opened.fingerprint, path=source)
     contract.require_format(template=opened.renderer.template, stop_ids=opened.renderer.stop_ids)
     return run, contract, opened
@@ -88,9 +88,8 @@ class RunInUse:
 
     def untuned(self) -> AbstractContextManager[None]:
         """Within this, the model is the base model: its adapter is switched off."""
-        assert isinstance(self.opened.model, PeftModel), "a run's model has an adapter"
-        switched_off: AbstractContextManager[None] = self.opened.model.disable_adapter()
-        return switched_off
+        assert has_adapter(self.opened.model), "a run's model has an adapter"
+        return without_adapter(self.opened.model)
 
     def prepare(self, records: Sequence[Record], tasks: Sequence[Task], console: Console) -> list[Record]:
         """`records` as the run asks them: behind their nearest train rows, overlong texts shortened, if it learnt so.

@@ -17,8 +17,9 @@ from .runs import write_json
 
 VERSION = 1
 
-_ADDED = {"reading", "constrain", "retrieve"}
-"""What contracts of the first runs do not say: then rows were read plainly, answers free, and no examples shown."""
+_ADDED = {"reading", "constrain", "retrieve", "quantize"}
+"""What contracts of the first runs do not say: then rows were read plainly, answers free, no examples shown, and the
+model was not quantised."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +56,8 @@ class Contract:
     """Whether answers are held to their task's form while they are written."""
     retrieve: int = 0
     """How many of the nearest train rows stand before each row as answered examples."""
+    quantize: str = "none"
+    """In how many bits the matrices of the model's layers were held: the recipe's `model.quantize`."""
     version: int = VERSION
 
     def write(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Everything that training starts from: rows fitted to the model's length, the model opened, a fresh adapter on it.
+"""Everything that training starts from: rows fitted to the model's length, the model opened, an adapter to learn on it.
 
 Nothing is written yet. Training goes on from here, and so does a forecast of it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from peft import PeftModel
 from rich.console import Console
@@ -26,16 +27,16 @@ from .tasks.base import Task
 from .token_cache import Side, fit_side
 from .train.model import require_compiler
 from .train.packing import check_packing
-from .tuning.methods import add_adapter
+from .tuning.methods import add_adapter, resume_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Rows, model and fresh adapter, ready to be trained; nothing is written yet."""
+    """Rows, model and the adapter to learn, ready to be trained; nothing is written yet."""
 
     dataset: Dataset
     opened: OpenModel
-    model: PeftModel
+    model: PreTrainedModel | PeftModel
     train_rows: FittedRows
     dev_rows: FittedRows
     answer_limits: Mapping[str, int]
@@ -93,7 +94,9 @@ def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None)
     for name, (num_train, num_dev) in dataset.count_rows().items():
         form = next(task.form for task in dataset.tasks if task.name == name)
         console.print(f"task {name}: {num_train} train, {num_dev} dev rows; {form.describe()}", soft_wrap=True)
-    opened = open_model(recipe.model.path, dtype=recipe.model.dtype)
+    opened = open_model(recipe.model.path, dtype=recipe.model.dtype, quantize=recipe.model.quantize)
+    for note in opened.notes:
+        console.print(f"note: {note}", soft_wrap=True)
     rows_fingerprint, neighbours = dataset.fingerprint, None
     if recipe.data.retrieve:
         dataset, neighbours, notes = look_up(recipe, dataset, opened.renderer)
@@ -111,13 +114,20 @@ def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None)
     return Prepared(
         dataset=dataset,
         opened=opened,
-        model=add_adapter(_plain(opened.model), recipe.method, seed=recipe.train.seed),
+        model=_to_learn(_plain(opened.model), recipe),
         train_rows=train_rows,
         dev_rows=dev_rows,
         answer_limits=_answer_limits(recipe.generate, dataset, train_rows, dev_rows),
         rows_fingerprint=rows_fingerprint,
         neighbours=neighbours,
     )
+
+
+def _to_learn(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
+    """`model` with the adapter that learns: a fresh one, or the one that the recipe starts from."""
+    if recipe.model.adapter is None:
+        return add_adapter(model, recipe.method, seed=recipe.train.seed)
+    return resume_adapter(model, recipe.method, Path(recipe.model.adapter))
 
 
 def _fit(recipe: Recipe, dataset: Dataset, side: Side, opened: OpenModel, console: Console) -> FittedRows:

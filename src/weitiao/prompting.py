@@ -28,6 +28,7 @@ from .decoding import answer_limit, sampling_of
 from .errors import DataError
 from .evaluate.predict import Answerer, OnReply, predict_rows
 from .generate.chat import Reply
+from .models.adapters import adapter_fingerprint
 from .models.opening import OpenModel, open_model
 from .recipe import Generate, Recipe
 from .render.base import Renderer
@@ -116,7 +117,7 @@ def prompt_model(
     rows: str | Path | None = None,
     console: Console | None = None,
 ) -> ShotSide:
-    """Ask the recipe's model as it is, without training, and write its answers to `out`.
+    """Ask the recipe's model as it is, its adapter on where it names one, and write its answers to `out`.
 
     Args:
         recipe: names the model and the labelled rows, from which tasks, forms and examples are taken.
@@ -135,13 +136,26 @@ def prompt_model(
     if not records:
         what = "The recipe holds no dev rows apart" if rows is None else f"{rows} holds no rows"
         raise DataError(f"{what}, so there is nothing to ask. Name a file of rows.")
-    opened = open_model(recipe.model.path, dtype=recipe.model.dtype)
+    model = recipe.model
+    opened = open_model(model.path, adapter=model.adapter, dtype=model.dtype, quantize=model.quantize)
+    for note in opened.notes:
+        console.print(f"note: {note}", soft_wrap=True)
     answerer = _answerer(recipe.generate, dataset, opened)
     examples = _find_examples(dataset.train, dataset.train_tasks, tasks, shots, nearest=nearest, seed=recipe.train.seed)
     asked = examples.add(records, tasks, shots, answerer)
     for note in asked.notes():
         console.print(f"note: {note}", soft_wrap=True)
-    return _answer(answerer, asked, tasks, Path(out), name=f"{shots} shots", key=opened.fingerprint)
+    return _answer(answerer, asked, tasks, Path(out), name=f"{shots} shots", key=_key(recipe, opened))
+
+
+def _key(recipe: Recipe, opened: OpenModel) -> str:
+    """Identifies the model that answers: its weights, and what changes what they compute."""
+    parts = [opened.fingerprint]
+    if recipe.model.adapter is not None:
+        parts.append(adapter_fingerprint(Path(recipe.model.adapter)))
+    if recipe.model.quantize != "none":
+        parts.append(recipe.model.quantize)
+    return " ".join(parts)
 
 
 def labelled_limits(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from .errors import RecipeError
 from .evaluate.best import OVERALL, rehearse
 from .evaluate.slices import count_labels
 from .evaluate.user_metrics import copy_metric_files, load_metrics
+from .models.adapters import adapter_fingerprint
 from .models.opening import OpenModel
 from .preparation import Prepared, prepare
 from .recipe import Recipe
@@ -116,10 +116,18 @@ def _depends_on(recipe: Recipe, dataset: Dataset, opened: OpenModel) -> dict[str
     for part, keys in _VOLATILE.items():
         for key in keys:
             del settings[part][key]
-    del settings["data"], settings["model"]["path"]  # where rows and model lie may change, what they hold may not
+    # where rows, model and adapter lie may change, what they hold may not
+    del settings["data"], settings["model"]["path"], settings["model"]["adapter"]
     settings["data"] = {key: getattr(recipe.data, key) for key in ("max_length", "overlong", "turns", "retrieve")}
     rows = {name: {"train": train, "dev": dev} for name, (train, dev) in dataset.count_rows().items()}
-    return {"data": dataset.fingerprint, "rows": rows, "base model": opened.fingerprint, "recipe": settings}
+    start = recipe.model.adapter
+    return {
+        "data": dataset.fingerprint,
+        "rows": rows,
+        "base model": opened.fingerprint,
+        "starting adapter": None if start is None else adapter_fingerprint(Path(start)),
+        "recipe": settings,
+    }
 
 
 def _contract(recipe: Recipe, prepared: Prepared, run: RunFolder, reading: Mapping[str, object]) -> Contract:
@@ -128,7 +136,7 @@ def _contract(recipe: Recipe, prepared: Prepared, run: RunFolder, reading: Mappi
     return Contract(
         base=str(local.resolve()) if local.is_dir() else recipe.model.path,
         base_fingerprint=opened.fingerprint,
-        adapter_fingerprint=hashlib.sha256((run.adapter / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        adapter_fingerprint=adapter_fingerprint(run.adapter),
         family=opened.family.name,
         template=opened.renderer.template,
         stop_ids=opened.renderer.stop_ids,
@@ -142,6 +150,7 @@ def _contract(recipe: Recipe, prepared: Prepared, run: RunFolder, reading: Mappi
         shorten_input=recipe.data.overlong == "shorten_input",
         data_fingerprint=prepared.rows_fingerprint,
         dtype=str(opened.model.dtype).removeprefix("torch."),
+        quantize=recipe.model.quantize,
         reading=reading,
         versions=environment().versions,
     )

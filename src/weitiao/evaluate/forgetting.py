@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..errors import DataError, ModelError, Problem
 from ..generate.likelihood import BATCH_TOKENS, Continuation, OnSequences, log_likelihoods
 from ..messages import Message
+from ..models.adapters import has_adapter, without_adapter
 from ..render.base import Renderer
 from .probe_questions import Question, read_probe
 from .score import draws
@@ -133,7 +134,7 @@ def score_probe(
 
     Raises:
         DataError: the file holds no such questions, or some do not fit the model's positions; before anything runs.
-        ModelError: the model is in training mode, or its adapter adds virtual tokens.
+        ModelError: the model is in training mode, or its adapter adds virtual tokens in PEFT's way.
     """
     questions = read_probe(probe) if isinstance(probe, str | Path) else tuple(probe)
     if not questions:
@@ -167,10 +168,10 @@ def compare_probe(
 
     Raises as `score_probe` does; ModelError also when the model has no adapter.
     """
-    if not isinstance(model, PeftModel):
+    if not has_adapter(model):
         raise ModelError("The model has no adapter, so there is no before and after. Open it with its adapter.")
     questions = read_probe(probe) if isinstance(probe, str | Path) else tuple(probe)
-    with model.disable_adapter():
+    with without_adapter(model):
         before = score_probe(model, renderer, questions, batch_tokens=batch_tokens, on_questions=on_questions)
     after = score_probe(model, renderer, questions, batch_tokens=batch_tokens, on_questions=on_questions)
     return probe_change(before, after, resamples=resamples, seed=seed)
@@ -266,8 +267,8 @@ def _check_model(model: PreTrainedModel | PeftModel) -> None:
         raise ModelError("The model is in training mode, so dropout would change its answers. Call model.eval() first.")
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ModelError(
-            f"The adapter's method {model.active_peft_config.peft_type} adds virtual tokens to the prompt, which the "
-            "probe does not support. Use an adapter that changes weights (LoRA)."
+            f"The adapter's method {model.active_peft_config.peft_type} is PEFT's own way of adding virtual tokens to "
+            "the prompt, which the probe does not support. Use LoRA, or weitiao's ptuning_v2."
         )
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from ..data.order import num_steps, step_rows
-from ..models.adapters import base_model
+from ..models.adapters import base_model, save_adapter
 from ..recipe import Train
 from ..render.base import Example
 from ..runs import RunFolder, write_folder
@@ -60,7 +60,7 @@ class Outcome:
 
 
 def train(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     examples: Sequence[Example],
     weights: Sequence[float],
     dev_examples: Sequence[Example],
@@ -78,7 +78,7 @@ def train(
     Goes on from the run's latest checkpoint where there is one, to bit-identical weights on a CPU.
 
     Args:
-        model: a model with an adapter on it.
+        model: a model with an adapter of any kind on it.
         examples: training examples.
         weights: for each example, how often it is seen per epoch.
         dev_examples: examples for the dev loss; may be empty.
@@ -182,7 +182,7 @@ def _score(
     on_eval: OnEval | None,
     settings: Train,
     run: RunFolder,
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     progress: Progress,
     display: TrainingDisplay,
 ) -> Progress:
@@ -197,7 +197,7 @@ def _score(
             scoring = on_eval(generator)
     better = progress.best_score is None or scoring.overall > progress.best_score
     if better:
-        write_folder(run.best, lambda folder: save_adapter(model, folder))
+        write_folder(run.best, lambda folder: _save(model, folder))
         progress = replace(progress, best_score=scoring.overall, best_step=progress.step, scorings_since_best=0)
     else:
         progress = replace(progress, scorings_since_best=progress.scorings_since_best + 1)
@@ -234,18 +234,17 @@ def dev_loss(
     return total / count, mean_by_task(sums)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter into `folder` in PEFT's format."""
+def _save(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     with rust_os_errors():
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        save_adapter(model, folder)
 
 
-def _keep_best(run: RunFolder, model: PeftModel, progress: Progress) -> None:
+def _keep_best(run: RunFolder, model: PreTrainedModel | PeftModel, progress: Progress) -> None:
     """Put the best adapter (the last one when nothing was scored) into ``run.adapter``."""
 
     def fill(folder: Path) -> None:
         if progress.best_score is None:
-            save_adapter(model, folder)
+            _save(model, folder)
             return
         for file in run.best.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())

@@ -42,7 +42,7 @@ class Setup:
     accelerator: Accelerator
 
 
-def set_up(model: PeftModel, settings: Train, *, steps: int) -> Setup:
+def set_up(model: PreTrainedModel | PeftModel, settings: Train, *, steps: int) -> Setup:
     """The trainable parameters of `model` with their optimiser and a schedule of `steps` steps."""
     base = base_model(model)
     if settings.gradient_checkpointing:
@@ -61,7 +61,7 @@ def _mixed_precision(model: PreTrainedModel) -> str:
     return "fp16" if model.dtype == torch.float16 and model.device.type == "cuda" else "no"
 
 
-def _make_optimiser(model: PeftModel, settings: Train) -> torch.optim.Optimizer:
+def _make_optimiser(model: PreTrainedModel | PeftModel, settings: Train) -> torch.optim.Optimizer:
     """AdamW; matrices decay, biases and norms do not."""
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [

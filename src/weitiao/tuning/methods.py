@@ -1,30 +1,49 @@
-"""Which parameters learn: a loaded model in, the same model with a method's trainable parameters out (PEFT)."""
+"""Which parameters learn: a loaded model in, the same model with a method's trainable parameters out."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from ..errors import RecipeError
-from ..models.adapters import ignoring_peft_warnings, use_lean_layers
-from ..recipe import Lora
+from ..models.adapters import base_model, load_adapter
+from ..models.lora_layers import ignoring_peft_warnings, use_lean_layers
+from ..models.ptuning import attach_prefix, prefix_encoder_of
+from ..recipe import Lora, PTuning
 
 
-def add_adapter(model: PreTrainedModel, method: Lora, *, seed: int) -> PeftModel:
-    """`model` with fresh trainable LoRA layers in float32, everything else frozen.
+def add_adapter(model: PreTrainedModel, method: Lora | PTuning, *, seed: int) -> PreTrainedModel | PeftModel:
+    """`model` with fresh trainable parameters in float32, everything else frozen.
 
-    The adapter starts from `seed` alone, whatever random numbers were drawn before.
+    LoRA: a `PeftModel` around it. P-Tuning: the model itself, with a prefix in the place of one that it had.
+    The parameters start from `seed` alone, whatever random numbers were drawn before.
 
     Raises:
         RecipeError: no layer of the model matches `method.targets`.
+        ModelError: the model cannot take a prefix.
     """
+    if isinstance(method, PTuning):
+        return attach_prefix(
+            model,
+            num_virtual_tokens=method.num_virtual_tokens,
+            projection=method.projection,
+            dropout=method.dropout,
+            seed=seed,
+        )
     targets = method.targets if isinstance(method.targets, str) else list(method.targets)
     config = LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules=targets,
+        use_rslora=method.rslora,
+        use_dora=method.dora,
         task_type="CAUSAL_LM",
     )
     use_lean_layers(config)
@@ -39,6 +58,86 @@ def add_adapter(model: PreTrainedModel, method: Lora, *, seed: int) -> PeftModel
                 f"Its linear layers: {', '.join(sorted(linear))}; or use all-linear."
             ) from None
     return tuned
+
+
+def resume_adapter(model: PreTrainedModel, method: Lora | PTuning, folder: Path) -> PreTrainedModel | PeftModel:
+    """`model` with the adapter in `folder` on it, trainable; everything else is frozen.
+
+    Raises:
+        ModelError: the folder holds no adapter of this model.
+        RecipeError: the adapter is not of the kind that `method` describes; every difference is named.
+    """
+    tuned = load_adapter(model, folder)
+    differences = (
+        _prefix_differences(tuned, method) if isinstance(method, PTuning) else _lora_differences(tuned, method)
+    )
+    if differences:
+        raise RecipeError(
+            f"The adapter in {folder} cannot be tuned further as the recipe's method says: {'; '.join(differences)}. "
+            f"Change the recipe's method, or leave model.adapter out to start afresh."
+        )
+    encoder = prefix_encoder_of(tuned) if isinstance(method, PTuning) else None
+    if encoder is not None:
+        encoder.dropout = method.dropout
+        encoder.requires_grad_(True)
+    else:
+        assert isinstance(tuned, PeftModel)
+        tuned.set_requires_grad("default", True)
+    return tuned
+
+
+def _prefix_differences(model: PreTrainedModel | PeftModel, method: PTuning) -> list[str]:
+    encoder = prefix_encoder_of(model)
+    if isinstance(model, PeftModel) or encoder is None:
+        return ["it is no P-Tuning prefix, but method.name is ptuning_v2"]
+    pairs = {
+        "num_virtual_tokens": (encoder.num_virtual_tokens, method.num_virtual_tokens),
+        "projection": (encoder.projection, method.projection),
+    }
+    return _told(pairs)
+
+
+def _lora_differences(model: PreTrainedModel | PeftModel, method: Lora) -> list[str]:
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if not isinstance(config, LoraConfig):
+        return ["it is no LoRA adapter, but method.name is lora"]
+    pairs = {
+        "rank": (config.r, method.rank),
+        "alpha": (config.lora_alpha, method.alpha),
+        "dropout": (config.lora_dropout, method.dropout),
+        "rslora": (config.use_rslora, method.rslora),
+        "dora": (config.use_dora, method.dora),
+    }
+    adapted, others = set(), set()
+    base = base_model(model)
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            adapted.add(name)
+        elif isinstance(module, torch.nn.Linear) and not any(f"{name}.".startswith(f"{layer}.") for layer in adapted):
+            others.add(name)
+    head = base.get_output_embeddings()
+    others -= {name for name, module in base.named_modules() if module is head}
+    wrong = [name for name in adapted if not _matches(name, method.targets)]
+    wrong += [name for name in others if _matches(name, method.targets)]
+    told = _told(pairs)
+    if wrong:
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in adapted})
+        told.append(f"it is on {len(adapted)} layers ({', '.join(kinds)}), but method.targets is {method.targets!r}")
+    return told
+
+
+def _told(pairs: Mapping[str, tuple[object, object]]) -> list[str]:
+    """What differs: each name with what the adapter has and what the recipe says."""
+    return [
+        f"its {name} is {has!r}, but method.{name} is {says!r}" for name, (has, says) in pairs.items() if has != says
+    ]
+
+
+def _matches(name: str, targets: str | tuple[str, ...]) -> bool:
+    """Whether `targets` mean the linear layer `name`, as PEFT reads them."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
