@@ -4,7 +4,11 @@ Every linear layer sees one sequence ``[1, T, hidden]`` without padding, whether
 only attention knows rows. Registered in transformers' own attention interface, so that any model that supports that
 interface can be run. Knows tensors only.
 
-Shapes: T new tokens, R rows, H query heads, K key/value heads (H = K · G), C columns of the cache, D head size.
+A token sees itself and what came before it in its row, and beside that its row's context, where rows have one, and the
+learnt keys and values that lie in the first columns of every row (P-Tuning v2).
+
+Shapes: T new tokens, R rows, H query heads, K key/value heads (H = K · G), C columns of the cache, P learnt ones among
+them, D head size.
 """
 
 from __future__ import annotations
@@ -35,15 +39,21 @@ class Chunk:
     start: int
     """Position of the first of them: the number of tokens cached before."""
     num_tokens: int
+    prefix: int = 0
+    """How many tokens of the row, from the first on, all its tokens see. They must come in one chunk, the row's first:
+    what is cached no longer changes, so it could not see what comes after."""
+
+    def __post_init__(self) -> None:
+        if self.prefix > (self.start or self.num_tokens):
+            raise ValueError(
+                f"A context of {self.prefix} tokens is cut: {self.start} are cached and {self.num_tokens} come. Give "
+                "the whole context in the row's first chunk."
+            )
 
     @property
     def end(self) -> int:
         """Number of tokens cached after."""
         return self.start + self.num_tokens
-
-    def first_seen(self, window: int) -> int:
-        """The first column that any of the tokens looks at."""
-        return max(0, self.start + 1 - window) if window else 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,6 +63,8 @@ class Chunks:
     top: int
     chunks: Sequence[Chunk]
     device: torch.device
+    num_past: int = 0
+    """P: a row's token at position p lies in column P + p, and the columns before are seen by every token."""
     exact: bool = False
     """Attend row by row, as transformers does for a row alone."""
     num_calls: int = 0
@@ -69,25 +81,31 @@ class Chunks:
         self.firsts = list(accumulate(counts, initial=0))[:-1]
         self.last = torch.tensor([first + count - 1 for first, count in zip(self.firsts, counts)], device=self.device)
 
-    def slots(self) -> tuple[Tensor, Tensor]:
-        """Row and position of every token, both ``[T]``."""
+    def slots(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, column and position of every token, each ``[T]``."""
         rows = [self.top + place for place, chunk in enumerate(self.chunks) for _ in range(chunk.num_tokens)]
-        columns = [position for chunk in self.chunks for position in range(chunk.start, chunk.end)]
-        both = torch.tensor([rows, columns]).to(self.device, non_blocking=True)
-        return both[0], both[1]
+        positions = [position for chunk in self.chunks for position in range(chunk.start, chunk.end)]
+        both = torch.tensor([rows, positions]).to(self.device, non_blocking=True)
+        return both[0], both[1] + self.num_past if self.num_past else both[1], both[1]
+
+    def first_seen(self, chunk: Chunk, window: int) -> int:
+        """The first column that any token of `chunk` looks at."""
+        return max(0, chunk.start + 1 - window) if window and not self.num_past else 0
 
     def seen(self, window: int) -> tuple[int, int]:
         """The columns, from … to, that the last token of any row looks at."""
-        first = max(0, min(chunk.end for chunk in self.chunks) - window) if window else 0
-        return first, max(chunk.end for chunk in self.chunks)
+        ends = [chunk.end for chunk in self.chunks]
+        return max(0, min(ends) - window) if window and not self.num_past else 0, max(ends) + self.num_past
 
     def mask_of_last(self, window: int, dtype: torch.dtype) -> Tensor:
         """``[R, 1, 1, C]``: 0 where a row's last token may look, -inf elsewhere."""
         if (None, window) not in self._masks:
             first, end = self.seen(window)
-            columns = torch.arange(first, end)
+            positions = torch.arange(first, end) - self.num_past
             ends = torch.tensor([chunk.end for chunk in self.chunks])[:, None]
-            hidden = (columns >= ends) | (columns < ends - window) if window else columns >= ends
+            hidden = positions >= ends
+            if window:
+                hidden |= (positions >= 0) & (positions < ends - window)
             self._masks[None, window] = self._scores(hidden, dtype)[:, None, None]
         return self._masks[None, window]
 
@@ -96,10 +114,21 @@ class Chunks:
         if (place, window) not in self._masks:
             chunk = self.chunks[place]
             query = torch.arange(chunk.start, chunk.end)[:, None]
-            column = torch.arange(chunk.first_seen(window), chunk.end)[None, :]
-            hidden = (column > query) | (column <= query - window) if window else column > query
+            column = torch.arange(self.first_seen(chunk, window), chunk.end + self.num_past)[None, :]
+            position = column - self.num_past
+            hidden = (position > query) & (position >= chunk.prefix)
+            if window:
+                hidden |= (position >= 0) & (position <= query - window)
             self._masks[place, window] = self._scores(hidden, dtype)[None, None]
         return self._masks[place, window]
+
+    def is_plain(self, place: int, window: int) -> bool:
+        """Whether a chunk needs no mask: one token that sees all columns taken for it, or a row that is causal."""
+        chunk = self.chunks[place]
+        windowed = 0 < window < chunk.end
+        if chunk.num_tokens == 1:
+            return not (windowed and self.num_past)
+        return chunk.start == 0 and not self.num_past and chunk.prefix <= 1 and not windowed
 
     def _scores(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         scores = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
@@ -158,6 +187,11 @@ def _attend(
     chunks.num_calls += 1
     window = sliding_window or 0
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    if window and any(chunk.prefix for chunk in chunks.chunks):
+        raise ModelError(
+            f"{type(module).__name__} looks at the last {window} tokens only, which would hide a part of the context "
+            "from tokens that must see all of it. Use model.generate."
+        )
     num_heads, size = query.shape[1], value.shape[-1]
     out = query.new_empty(query.shape[2], num_heads, size)
     together = not chunks.exact and any(chunk.num_tokens == 1 for chunk in chunks.chunks)
@@ -173,14 +207,13 @@ def _attend(
             continue
         here = slice(chunks.firsts[place], chunks.firsts[place] + chunk.num_tokens)
         row = slice(chunks.top + place, chunks.top + place + 1)
-        first = chunk.first_seen(window)
-        keys, values = key[row, :, first : chunk.end], value[row, :, first : chunk.end]
+        seen = slice(chunks.first_seen(chunk, window), chunk.end + chunks.num_past)
+        keys, values = key[row, :, seen], value[row, :, seen]
         if softcap:
             capped = chunks.mask_of_chunk(place, window, query.dtype)
             out[here] = _attend_capped(query[:, :, here], keys, values, capped, scale, softcap)[0].transpose(0, 1)
             continue
-        plain = chunk.num_tokens == 1 or (chunk.start == 0 and not 0 < window < chunk.end)  # all columns, or causal
-        bias = None if plain else chunks.mask_of_chunk(place, window, query.dtype)
+        bias = None if chunks.is_plain(place, window) else chunks.mask_of_chunk(place, window, query.dtype)
         # transformers' own, whose way of sharing key heads decides how results are rounded
         out[here] = sdpa_attention_forward(module, query[:, :, here], keys, values, bias, scaling=scale)[0][0]
     return out[None], None

@@ -1,8 +1,11 @@
 """The engine's key/value cache: one block of memory per layer, in which a row's token at position p lies in column p.
 
+Where the model has learnt keys and values that stand before every row (P-Tuning v2), they lie in the first P columns of
+all rows, those not in use included, and the token at position p in column P + p.
+
 Knows tensors and transformers' cache interface; knows nothing of prompts or of how tokens are chosen.
 
-Shapes: T new tokens of all rows, end to end; K key/value heads, D head size.
+Shapes: T new tokens of all rows, end to end; L layers, K key/value heads, D head size, P learnt columns.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+
+from ..models.ptuning import prefix_encoder_of
 
 SPARE_COLUMNS = 64
 """Columns added whenever the cache is full: one copy of the cache in 64 steps instead of one in each."""
@@ -24,7 +29,7 @@ class Slots:
     rows: Tensor | None = None
     """``[T]``, the row of each."""
     columns: Tensor | None = None
-    """``[T]``, the position of each in its row."""
+    """``[T]``, the column of each."""
 
 
 class SlabLayer(CacheLayerMixin):
@@ -37,17 +42,22 @@ class SlabLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, slots: Slots, shape: tuple[int, int]) -> None:
+    def __init__(self, slots: Slots, shape: tuple[int, int], past: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.slots = slots
         self.shape = shape
+        self.past = past
+        """Learnt keys and values ``[K, P, D]`` of this layer."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Set aside zeros for keys and values such as these, ``[…, K, …, D]``."""
+        """Set aside zeros for keys and values such as these, ``[…, K, …, D]``, behind the learnt ones."""
         # Zeros: a masked column still enters the sum, as 0 times its value, and a stray NaN in fresh memory would too.
         self.keys, self.values = (
             x.new_zeros(self.shape[0], x.shape[1], self.shape[1], x.shape[3]) for x in (key_states, value_states)
         )
+        if self.past is not None:
+            for states, learnt in zip((self.keys, self.values), self.past, strict=True):
+                states[:, :, : learnt.shape[1]] = learnt
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
@@ -86,24 +96,50 @@ class SlabCache(Cache):
 
     slabs: list[SlabLayer]
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, past_states: tuple[Tensor, Tensor] | None = None) -> None:
+        """
+        Args:
+            num_layers: L.
+            past_states: learnt keys and values, both ``[L, K, P, D]``, that stand before every row.
+        """
         self.slots = Slots()
         self.shape = (0, 0)
         """Rows and columns set aside."""
-        self.slabs = [SlabLayer(self.slots, self.shape) for _ in range(num_layers)]
+        self.num_past = 0 if past_states is None else past_states[0].shape[2]
+        """P."""
+        pasts = [None] * num_layers if past_states is None else zip(*past_states, strict=True)
+        self.slabs = [SlabLayer(self.slots, self.shape, past) for past in pasts]
         super().__init__(layers=list(self.slabs))
 
-    def reserve(self, *, num_rows: int, num_columns: int) -> None:
-        """Make room for `num_rows` rows of `num_columns` tokens."""
+    def reserve(self, *, num_rows: int, num_tokens: int) -> None:
+        """Make room for `num_rows` rows of `num_tokens` tokens."""
         rows, columns = self.shape
+        num_columns = self.num_past + num_tokens
         if num_rows <= rows and num_columns <= columns:
             return
         self.shape = (max(num_rows, rows), columns if num_columns <= columns else num_columns + SPARE_COLUMNS)
         for layer in self.slabs:
             layer.resize(self.shape)
 
-    def move_row(self, source: int, target: int, num_columns: int) -> None:
-        """Copy the first `num_columns` tokens of row `source` over row `target`."""
+    def move_row(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the first `num_tokens` tokens of row `source` over row `target`."""
+        num_columns = self.num_past + num_tokens
         for layer in self.slabs:
             for states in (layer.keys, layer.values):
                 states[target, :, :num_columns] = states[source, :, :num_columns]
+
+
+def cache_bytes(
+    model: PreTrainedModel, *, longest_prompt: int, max_new_tokens: int, num_rows: int, max_cache_tokens: int = 65536
+) -> int:
+    """The memory that generation sets aside for keys and values at most, when `num_rows` rows run together."""
+    config = model.config.get_text_config()
+    encoder = prefix_encoder_of(model)
+    num_past = 0 if encoder is None else encoder.num_virtual_tokens
+    columns = num_past + longest_prompt + max_new_tokens
+    rows = max(1, min(num_rows, max_cache_tokens // columns))
+    num_heads = config.num_attention_heads
+    num_kv = getattr(config, "num_key_value_heads", None) or num_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    numbers = 2 * config.num_hidden_layers * num_kv * size * rows * (columns + SPARE_COLUMNS)
+    return int(numbers * model.dtype.itemsize)

@@ -11,6 +11,7 @@ What the model is given, step by step, for three rows (p prompt, g chosen, f for
     g f f f f g p p p p     the first row's grammar left no choice for four tokens; the third ended, a new one joins
 
 There is no padding anywhere: a row's token at position p lies in column p of the cache, whoever its neighbours are.
+Models whose rows have a context (prefix_lm.py) and models with a learnt prefix (ptuning.py) run in the same way.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import DataError, ModelError, Problem
+from ..models.prefix_lm import RowPrefix, row_prefix
+from ..models.ptuning import prefix_states
 from .attention import Chunk, Chunks, attending_by_rows
-from .cache import SPARE_COLUMNS, SlabCache
+from .cache import SlabCache, cache_bytes
 from .constraint import Constraint
 from .sampling import Choice, Sampling, choose_tokens
 
@@ -130,25 +133,12 @@ def generate(
             limit=min(sampling.max_new_tokens, limits[index] if limits is not None else sampling.max_new_tokens),
             constraint=constraints[index] if constraints is not None else None,
             random=Random(f"{sampling.seed}/{index}"),
+            prefix=row_prefix(model, prompt),
         )
         for index, prompt in enumerate(prompts)
     ]
     # A function of its own, so that the checks above run at the call and not at the first row asked for.
     return _run(_Batch(model, stop_ids, sampling, exact), rows, max_rows, max_cache_tokens)
-
-
-def cache_bytes(
-    model: PreTrainedModel, *, longest_prompt: int, max_new_tokens: int, num_rows: int, max_cache_tokens: int = 65536
-) -> int:
-    """The memory that `generate` sets aside for keys and values at most, when `num_rows` rows run together."""
-    config = model.config.get_text_config()
-    columns = longest_prompt + max_new_tokens
-    rows = max(1, min(num_rows, max_cache_tokens // columns))
-    num_heads = config.num_attention_heads
-    num_kv = getattr(config, "num_key_value_heads", None) or num_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    numbers = 2 * config.num_hidden_layers * num_kv * size * rows * (columns + SPARE_COLUMNS)
-    return int(numbers * model.dtype.itemsize)
 
 
 def _check_model(model: PreTrainedModel | PeftModel, exact: bool) -> None:
@@ -195,7 +185,7 @@ def _run(batch: _Batch, waiting: list[_Row], max_rows: int, max_cache_tokens: in
     waiting.sort(key=lambda row: row.num_prompt)  # taken from the end: longest first
     while waiting or batch.rows:
         longest = max(row.num_prompt for row in batch.rows or waiting[-1:])
-        allowed = max_cache_tokens // (longest + batch.sampling.max_new_tokens)
+        allowed = max_cache_tokens // (batch.cache.num_past + longest + batch.sampling.max_new_tokens)
         allowed = max(1, min(max_rows, allowed, len(batch.rows) + len(waiting)))
         num_tokens = 0
         while waiting and len(batch.rows) < allowed:
@@ -221,6 +211,8 @@ class _Row:
     """Most tokens to choose."""
     constraint: Constraint | None
     random: Random
+    prefix: RowPrefix | None = None
+    """Its context, in a prefix language model."""
     tokens: list[int] = field(default_factory=list)
     """The answer so far."""
     logprobs: list[float] = field(default_factory=list)
@@ -228,6 +220,16 @@ class _Row:
     num_steps: int = 0
     allowed: Tensor | None = None
     """With a constraint, the ids to choose the next token from."""
+
+
+def _positions(rows: Sequence[_Row], chunks: Chunks) -> Tensor:
+    """``[1, 2, T]``, both channels of the positions of the new tokens of rows that have contexts."""
+    channels: tuple[list[int], list[int]] = ([], [])
+    for row, chunk in zip(rows, chunks.chunks, strict=True):
+        assert row.prefix is not None
+        for channel, positions in zip(channels, row.prefix.positions(chunk.start, chunk.end), strict=True):
+            channel += positions
+    return torch.tensor([channels]).to(chunks.device, non_blocking=True)
 
 
 class _Batch:
@@ -241,7 +243,9 @@ class _Batch:
         self.stop_ids = frozenset(stop_ids)
         self.sampling = sampling
         self.rows: list[_Row] = []
-        self.cache = SlabCache(model.config.get_text_config().num_hidden_layers)
+        with torch.no_grad():
+            past_states = prefix_states(model)
+        self.cache = SlabCache(model.config.get_text_config().num_hidden_layers, past_states)
 
     def join(self, row: _Row) -> Generation | None:
         """Take `row` in; its answer where the grammar leaves nothing to ask for."""
@@ -276,8 +280,12 @@ class _Batch:
         rows = self.rows[top : top + len(counts)]
         chunks = Chunks(
             top=top,
-            chunks=[Chunk(start=row.num_cached, num_tokens=count) for row, count in zip(rows, counts, strict=True)],
+            chunks=[
+                Chunk(start=row.num_cached, num_tokens=count, prefix=row.prefix.num_tokens if row.prefix else 0)
+                for row, count in zip(rows, counts, strict=True)
+            ],
             device=self.model.device,
+            num_past=self.cache.num_past,
             exact=self.exact,
         )
         new_ids = [token for row, count in zip(rows, counts, strict=True) for token in row.pending[:count]]
@@ -285,12 +293,12 @@ class _Batch:
             row.num_steps += row.num_cached > 0
             row.num_cached += count
             del row.pending[:count]
-        self.cache.reserve(num_rows=capacity, num_columns=max(row.num_cached for row in rows))
+        self.cache.reserve(num_rows=capacity, num_tokens=max(row.num_cached for row in rows))
         slots = self.cache.slots
-        slots.rows, slots.columns = chunks.slots()
+        slots.rows, slots.columns, positions = chunks.slots()
         output = self.model(
             input_ids=torch.tensor([new_ids], device=self.model.device),
-            position_ids=slots.columns[None],
+            position_ids=_positions(rows, chunks) if rows[0].prefix else positions[None],
             past_key_values=self.cache,
             use_cache=True,
             # An index, not a count: only the scores after each row's last token are wanted.

@@ -14,6 +14,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..models.prefix_lm import row_prefix
+
 BATCH_TOKENS = 4096
 """Most tokens, padding included, of one forward pass; a longer sequence goes alone."""
 
@@ -38,7 +40,7 @@ def log_likelihoods(
     Continuations that differ in their last token alone, as the letters of choices do, share one sequence.
 
     Args:
-        model: a causal language model in evaluation mode.
+        model: a causal or prefix language model in evaluation mode.
         continuations: prompts and what follows them, within the model's positions.
         batch_tokens: most tokens of one forward pass.
         on_sequences: told of the progress.
@@ -89,13 +91,30 @@ def _last_logits(model: PreTrainedModel | PeftModel, sequences: Sequence[tuple[i
     ids = [[0] * left + list(sequence) for left, sequence in zip(padding, sequences, strict=True)]
     columns = torch.arange(width, device=model.device)
     left = torch.tensor(padding, device=model.device)[:, None]
+    channels = _channels(model, sequences, padding)
     output = model(
         input_ids=torch.tensor(ids, device=model.device),
         attention_mask=(columns >= left).long(),
-        position_ids=(columns - left).clamp_(min=0),
+        position_ids=(columns - left).clamp_(min=0) if channels is None else channels,
         use_cache=False,
         # An index, not a count: the slice of a count is not contiguous, and the head would copy its weight per row.
         logits_to_keep=columns[width - keep :],
     )
     logits: torch.Tensor = output.logits
     return logits
+
+
+def _channels(
+    model: PreTrainedModel | PeftModel, sequences: Sequence[tuple[int, ...]], padding: Sequence[int]
+) -> torch.Tensor | None:
+    """Both channels of the positions ``[R, 2, width]`` of rows that have contexts, 0 at padding on the left.
+
+    None for a model that reads from left to right.
+    """
+    rows = []
+    for sequence, left in zip(sequences, padding, strict=True):
+        prefix = row_prefix(model, sequence)
+        if prefix is None:
+            return None
+        rows.append([[0] * left + channel for channel in prefix.positions(0, len(sequence))])
+    return torch.tensor(rows, device=model.device)
