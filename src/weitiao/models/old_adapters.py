@@ -126,6 +126,7 @@ def load_old_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         tuned = get_peft_model(model, config)
     for name, pair in own.items():
         _fill(model.get_submodule(name), pair)
+    tuned.eval()
     return tuned
 
 
