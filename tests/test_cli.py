@@ -33,6 +33,7 @@ VERBS = {
     "prompt": "without training",
     "import-chats": "every message is accounted for",
     "check-leaks": "Count which secrets of a chat log",
+    "migrate": "every setting carried or named",
     "schema": "JSON Schema of recipes",
 }
 TEXTS = ("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账")

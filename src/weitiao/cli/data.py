@@ -1,10 +1,13 @@
-"""Verbs about rows: init, check, show, import-chats, check-leaks, schema. Torch is loaded by `check --plan` alone."""
+"""Verbs about rows and recipes: init, check, show, import-chats, check-leaks, migrate, schema.
+
+Torch is loaded by `check --plan` alone.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -271,6 +274,62 @@ def check_leaks(
         out.print(f"{verdict} in {report.answers} answers.")
     if report.remembered:
         raise typer.Exit(1)
+
+
+@app.command()
+def migrate(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="lora.yaml and the like of ChatGLM3's or GLM-4's finetune_demo, a file of LLaMA-Factory, a shell "
+            "script with a training command, or a Python class ProjectConfig."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the recipe.")] = Path("recipe.yaml"),
+    model: Annotated[
+        str | None, typer.Option(help="The base model, where the file does not say it, or another.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Train rows, where the file does not say them: files, or the folder of those that it names."),
+    ] = None,
+    dev: Annotated[list[str] | None, typer.Option(help="A file of rows to score on.")] = None,
+    method: Annotated[
+        Literal["lora", "ptuning_v2"] | None, typer.Option(help="Tune by this instead of the original's own method.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="How many train rows there are, where they do not lie here.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="On how many devices the original ran, where the file does not say it.")
+    ] = None,
+    command: Annotated[int | None, typer.Option(min=1, help="Which command of a script with several.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is there.")] = False,
+) -> None:
+    """Turn another program's training settings into a recipe, every setting carried or named with the reason.
+
+    Known are ChatGLM3's and GLM-4's finetune_demo, the trainers of ChatGLM-6B (HarderThenHarder, THUDM's ptuning,
+    liucongg) and LLaMA-Factory with its Board. The file is told by what it holds, and nothing in it is run.
+    """
+    from ..migrate import Wishes, migrate_file
+
+    wishes = Wishes(
+        model=model, data=tuple(data or ()), dev=tuple(dev or ()), method=method, rows=rows, devices=devices
+    )
+    with reporting_errors():
+        done = migrate_file(file, wishes=wishes, command=command, out=output, overwrite=force)
+    out.print(f"{file} is of {done.told}. What became of its settings:")
+    for entry in done.carried:
+        became = f"{entry.place}: {done.values[entry.place]}" if entry.place in done.values else entry.place
+        out.print(f"  • {entry.setting} → {became}{f' ({entry.words})' if entry.words else ''}")
+    for title, entries in (("Needs no key:", done.needless), ("Could not be carried:", done.left)):
+        if entries:
+            out.print(title)
+        for entry in entries:
+            out.print(f"  • {entry.setting} — {entry.words}")
+    for note in done.notes:
+        out.print(f"note: {note}", style="yellow")
+    out.print(f"Wrote {done.path}. Next: weitiao check {done.path}")
 
 
 @app.command()
