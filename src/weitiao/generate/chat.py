@@ -72,38 +72,39 @@ def reply_all(
         stop_ids=renderer.stop_ids,
         sampling=sampling,
         limits=limits,
-        constraints=None if grammars is None else _compile(grammars, model, renderer),
+        constraints=None if grammars is None else _compile(grammars, offers, model, renderer),
         max_rows=max_rows,
     )
     held = [grammar is not None for grammar in grammars] if grammars is not None else [False] * len(prompts)
-    return (_read(done, renderer, held=held[done.index]) for done in generations)
+    return (_read(done, renderer, offers[done.index], held=held[done.index]) for done in generations)
 
 
 def _compile(
-    grammars: Sequence[str | None], model: PreTrainedModel | PeftModel, renderer: Renderer
+    grammars: Sequence[str | None], offers: Sequence[Tools], model: PreTrainedModel | PeftModel, renderer: Renderer
 ) -> list[Constraint | None]:
     """The constraint of each grammar; each different one is compiled once."""
-    different = {grammar for grammar in grammars if grammar is not None}
+    asked = [(grammar, renderer.before_answer(offer)) for grammar, offer in zip(grammars, offers, strict=True)]
+    different = {(grammar, before) for grammar, before in asked if grammar is not None}
     if not different:
         return [None] * len(grammars)
     compiler = compiler_of(renderer, model.config.get_text_config().vocab_size)
-    compiled = {grammar: compiler.compile(grammar) for grammar in different}
-    return [None if grammar is None else compiled[grammar] for grammar in grammars]
+    compiled = {(grammar, before): compiler.compile(grammar, before=before) for grammar, before in different}
+    return [None if grammar is None else compiled[grammar, before] for grammar, before in asked]
 
 
-def _read(done: Generation, renderer: Renderer, *, held: bool) -> Reply:
+def _read(done: Generation, renderer: Renderer, tools: Tools, *, held: bool) -> Reply:
     """The reply of a finished generation; `held` says whether by a grammar."""
     stop = renderer.stop_ids[:1] if done.finish == "stop" else ()
     refused = done.finish == "refused"
     if refused:
         text = ""
     elif held:  # the grammar made it end in what the chat format writes before the stop token, in whatever tokens
-        text = renderer.read_answer(done.token_ids).removesuffix(end_text(renderer))
+        text = renderer.read_answer(done.token_ids, tools).removesuffix(end_text(renderer))
     else:  # with its stop token, so that what the chat format writes before that one is known for what it is
-        text = renderer.read_answer((*done.token_ids, *stop))
+        text = renderer.read_answer((*done.token_ids, *stop), tools)
     tokens: list[tuple[int, int, float]] = []
     if not refused:
-        spans = token_spans(renderer, done.token_ids, text)
+        spans = token_spans(renderer, done.token_ids, text, tools)
         tokens = [(*span, logprob) for span, logprob in zip(spans, done.token_logprobs)]
         tokens += [(len(text), len(text), done.stop_logprob)] if stop else []
     return Reply(
@@ -118,14 +119,16 @@ def _read(done: Generation, renderer: Renderer, *, held: bool) -> Reply:
     )
 
 
-def token_spans(renderer: Renderer, token_ids: Sequence[int], text: str) -> list[tuple[int, int]]:
+def token_spans(renderer: Renderer, token_ids: Sequence[int], text: str, tools: Tools = ()) -> list[tuple[int, int]]:
     """For each token, where in `text`, which the tokens spell, what it wrote begins and ends.
 
     '你好' written as 你, three bytes of 好   →   (0, 1), (1, 2), (1, 2), (1, 2)
+
+    Of a call in a format's own words, which `text` has in others, every token is taken to write the whole.
     """
     pieces = renderer.show_tokens(token_ids)
     if not "".join(pieces).startswith(text):  # tokens that read otherwise at the beginning of a text than inside it
-        pieces = _pieces_by_prefix(renderer, token_ids, text)
+        pieces = _pieces_by_prefix(renderer, token_ids, text, tools)
     spans: list[tuple[int, int]] = []
     end = 0
     for piece in pieces:
@@ -137,12 +140,12 @@ def token_spans(renderer: Renderer, token_ids: Sequence[int], text: str) -> list
     return spans
 
 
-def _pieces_by_prefix(renderer: Renderer, token_ids: Sequence[int], text: str) -> list[str]:
+def _pieces_by_prefix(renderer: Renderer, token_ids: Sequence[int], text: str, tools: Tools) -> list[str]:
     """The text of each token as `show_tokens` gives it, by reading ever longer beginnings of the answer."""
     pieces = [""] * len(token_ids)
     first, read = 0, 0
     for place in range(len(token_ids)):
-        prefix = renderer.read_answer(token_ids[: place + 1])
+        prefix = renderer.read_answer(token_ids[: place + 1], tools)
         if place == len(token_ids) - 1 or (text.startswith(prefix) and len(prefix) > read):
             pieces[first] = text[read : len(prefix)]
             first, read = place + 1, len(prefix)

@@ -45,6 +45,7 @@ class ConstraintCompiler:
         stop_ids: Sequence[int],
         end_ids: Sequence[int] = (),
         encode: Encode | None = None,
+        read: Callable[[Sequence[int]], str] | None = None,
         control_ids: Collection[int] = (),
     ) -> None:
         """
@@ -53,7 +54,9 @@ class ConstraintCompiler:
             vocab_size: number of scores that the model gives; tokens beyond it do not exist.
             stop_ids: tokens that end an answer; the first is the one written where nothing else can follow.
             end_ids: tokens that training writes between every answer and its stop token, such as the blank of Llama 2.
-            encode: token ids of a text as training writes it in an answer; by default the tokenizer's own.
+            encode: token ids of a text as training writes it inside an answer; by default the tokenizer's own.
+            read: the text that such token ids are read back as, where that may be another text than was written, as
+                with a tokenizer that normalises; by default nothing may.
             control_ids: further tokens that are never text, besides the tokenizer's special ones.
 
         Raises:
@@ -68,7 +71,8 @@ class ConstraintCompiler:
         self._bytes = _token_bytes(tokenizer, vocab_size, never_text)
         self._encode = encode or (lambda text: tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
         for probe in _PROBES:
-            if self.text_bytes(self._encode(probe)) != probe.encode():
+            expected = probe if read is None else read(self._encode(probe))
+            if not expected or self.text_bytes(self._encode(probe)) != expected.encode():
                 raise ModelError(
                     f"The tokens of {type(tokenizer).__name__} cannot be read as bytes ({probe!r} comes out as "
                     f"{self.text_bytes(self._encode(probe))!r}), so answers cannot be constrained with it. "
@@ -80,14 +84,18 @@ class ConstraintCompiler:
             eos_token=list(self.stop_ids),
         )
 
-    def compile(self, lark: str) -> Constraint:
+    def compile(self, lark: str, *, before: str = "") -> Constraint:
         """The constraint of the grammar `lark` (llguidance's dialect, rule ``start``), at the answer's beginning.
+
+        Args:
+            lark: the grammar of the answer's text.
+            before: what its tokens spell before that text (`Renderer.before_answer`).
 
         Raises:
             GrammarError: it cannot be compiled; the text says where.
         """
         limits = LLParserLimits(initial_lexer_fuel=LEXER_FUEL, step_lexer_fuel=LEXER_FUEL)
-        matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(lark), log_level=0, limits=limits)
+        matcher = LLMatcher(self._tokens, _behind(before, lark), log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarError(f"The answer's grammar cannot be compiled: {_first_lines(matcher.get_error())}")
         return Constraint(self, matcher, [])
@@ -203,8 +211,19 @@ def compiler_of(renderer: Renderer, vocab_size: int) -> ConstraintCompiler:
         vocab_size=vocab_size,
         stop_ids=renderer.stop_ids,
         end_ids=end_ids[:-1],
-        encode=lambda text: renderer.render_answer(text)[: -len(end_ids)],
+        encode=renderer.encode_inside,
+        read=renderer.read_inside,
         control_ids=[i for i, token in added if token.content.strip() and token.content in renderer.template],
+    )
+
+
+def _behind(before: str, lark: str) -> str:
+    """The grammar of `before` and then a text of `lark`, which stays a grammar of its own, whatever its rules are."""
+    if not before:
+        return LLMatcher.grammar_from_lark(lark)
+    outer = f"start: {json.dumps(before)} @answer"
+    return json.dumps(
+        {"grammars": [{"name": "whole", "lark_grammar": outer}, {"name": "answer", "lark_grammar": lark}]}
     )
 
 

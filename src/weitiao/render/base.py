@@ -123,13 +123,17 @@ class Renderer(ABC):
     def before_answer(self, tools: Tools = ()) -> str:
         """What the tokens of every plain answer behind `render_prompt` spell before its text; nothing, as a rule.
 
-        A tokenizer that sets a blank before every text writes ``▁你 好`` for 你好: a blank that is no part of the answer.
+        Tokenizers that set a blank before every text write ``▁你 好`` for 你好; the blank is no part of the answer.
         """
         return ""
 
     def encode_inside(self, text: str) -> tuple[int, ...]:
         """Token ids of `text` as they stand within an answer, not at its beginning and without an end token."""
         return self.render_answer(text)[: -len(self.render_answer(""))]
+
+    def read_inside(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens as they stand within an answer: what `encode_inside` encoded."""
+        return self.read_answer(token_ids)
 
     def render_example(self, messages: Sequence[Message], answer: str) -> Example:
         """The training example: the prompt as `render_prompt` writes it, then the answer, which alone is learnt."""

@@ -73,12 +73,17 @@ class TemplateRenderer(Renderer):
         return self._encode_all([self._write_answer(answer)])[0]
 
     def render_reply(self, messages: Sequence[Message], reply: Message, tools: Tools = ()) -> tuple[int, ...]:
-        """As the template writes a reply with tool calls; as `write_calls` does where the template knows none, and where
-        the prompt has opened a plain reply."""
+        """As the template writes a reply with tool calls.
+
+        As `write_calls` does where the template knows none, and where the prompt has opened a plain reply.
+        """
         return self._encode_all([self._write_reply(messages, reply, tools)])[0]
 
     def before_answer(self, tools: Tools = ()) -> str:
         return self._reply_opening if tools else ""
+
+    def encode_inside(self, text: str) -> tuple[int, ...]:
+        return tuple(self._encode(self._cut(text)))
 
     def render_conversations(
         self, conversations: Sequence[Conversation], *, turns: Turns = "flagged", masks: Masks = "family"
