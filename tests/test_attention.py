@@ -21,7 +21,7 @@ from transformers import (
 
 from weitiao.errors import ModelError
 from weitiao.models import attention, row_attention
-from weitiao.models.attention import PACKED, packed_attention
+from weitiao.models.attention import PACKED, packed_attention, prefixed_attention
 from weitiao.render.base import Example
 from weitiao.train.batches import make_batches
 
@@ -73,6 +73,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def dense_attention_behind(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, rows: list[tuple[int, int]], window: int
+) -> Tensor:
+    """The same for rows of (length, context) behind learnt keys; scores times 0.3."""
+    lengths, contexts = (torch.tensor(each) for each in zip(*rows, strict=True))
+    row, past = torch.repeat_interleave(torch.arange(len(rows)), lengths), past_k.shape[1]
+    place = torch.cat([torch.arange(length) for length in lengths])
+    earlier = place[None, :] <= place[:, None]
+    if window:
+        earlier &= place[:, None] - place[None, :] < window
+    own = (row[:, None] == row[None, :]) & (earlier | (place < contexts[row])[None, :])
+    allowed = torch.cat([torch.ones(len(row), past, dtype=torch.bool), own], dim=1)
+    groups = q.shape[1] // k.shape[1]
+    k, v = (torch.cat([p[None], x], dim=2).repeat_interleave(groups, dim=1) for p, x in ((past_k, k), (past_v, v)))
+    out = scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=allowed, scale=0.3)
+    return out.transpose(1, 2)
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scaling: float, window: int) -> Tensor:
     """The reference: one attention over everything, masked to each row's own past, in float64."""
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -114,6 +132,54 @@ def test_packed_attention_equals_dense_block_diagonal_attention(
         torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=5e-6)
 
 
+ROWS_WITH_CONTEXTS = [[(1, 0)], [(7, 3), (1, 1)], [(12, 12), (9, 0), (20, 1)], [(40, 33), (9, 2), (33, 16)]]
+
+
+@pytest.mark.parametrize("rows", ROWS_WITH_CONTEXTS)
+@pytest.mark.parametrize("past", [0, 1, 5])
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("block", [8, 256])
+def test_prefixed_attention_equals_dense_attention_with_the_mask_written_out(
+    rows: list[tuple[int, int]], past: int, window: int, kv_heads: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_attention, "BLOCK", block)
+    rows = [(length, 0) for length, _ in rows] if window else rows  # contexts have no window
+    qkv, starts = random_inputs([length for length, _ in rows], heads=4, kv_heads=kv_heads, size=16)
+    learnt = [torch.randn(kv_heads, past, 16, generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
+    inputs = [*qkv, *(x.requires_grad_() for x in learnt)]
+    ours = prefixed_attention(*inputs, starts, torch.tensor([context for _, context in rows]), 0.3, window)
+    reference = dense_attention_behind(*inputs, rows, window)
+    torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=2e-6)
+    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(ours, inputs, upstream)
+    expected = torch.autograd.grad(reference, inputs, upstream.double())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_contexts_and_learnt_keys_not_a_bit_changes(dtype: torch.dtype) -> None:
+    qkv, starts = random_inputs([300, 2, 40], heads=4, kv_heads=2, size=16)
+    qkv = [x.detach().to(dtype).requires_grad_() for x in qkv]
+    plain = packed_attention(*qkv, starts, 0.3, 0)
+    none = torch.zeros(2, 0, 16, dtype=dtype)
+    other = prefixed_attention(*qkv, none, none, starts, torch.tensor([0, 0, 0]), 0.3, 0)
+    assert torch.equal(plain, other)
+    upstream = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    both = (torch.autograd.grad(out, qkv, upstream) for out in (plain, other))
+    assert all(torch.equal(one, same) for one, same in zip(*both, strict=True))
+
+
+def test_contexts_that_cannot_be_are_refused() -> None:
+    qkv, starts = random_inputs([3, 2], heads=2, kv_heads=2, size=8)
+    none = torch.zeros(2, 0, 8)
+    with pytest.raises(ValueError, match="A row of 2 tokens cannot have 3 tokens of context"):
+        prefixed_attention(*qkv, none, none, starts, torch.tensor([1, 3]), 0.3, 0)
+    with pytest.raises(ModelError, match="sliding window of 4 tokens would hide a part of the context"):
+        prefixed_attention(*qkv, none, none, starts, torch.tensor([1, 2]), 0.3, 4)
+
+
 def test_rows_longer_than_a_real_block_have_the_gradients_of_dense_attention() -> None:
     lengths = [300, 2, 600]
     qkv, starts = random_inputs(lengths, heads=2, kv_heads=1, size=8)
@@ -149,6 +215,17 @@ def test_torch_accepts_the_operator(window: int) -> None:
     grad = torch.randn(1, 9, 4, 8)
     arguments = (grad, *plain, starts, 0.3, window)
     torch.library.opcheck(attention.packed_attention_backward, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("past", [0, 2])
+def test_torch_accepts_the_operator_with_contexts(past: int) -> None:
+    qkv, starts = random_inputs([6, 3], heads=4, kv_heads=2, size=8)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    learnt = [torch.randn(2, past, 8).requires_grad_() for _ in "kv"]
+    rest = (starts, torch.tensor([4, 0]), 0.3, 0)
+    torch.library.opcheck(prefixed_attention, (*qkv, *learnt, *rest), test_utils=tests)
+    arguments = (torch.randn(1, 9, 4, 8), *(x.detach() for x in (*qkv, *learnt)), *rest)
+    torch.library.opcheck(attention.prefixed_attention_backward, arguments, test_utils=tests)
 
 
 def hidden_states(model: PreTrainedModel, rows: list[Example]) -> Tensor:

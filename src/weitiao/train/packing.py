@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from ..models.attention import PACKED
 from ..models.prefix_lm import row_prefix
+from ..models.ptuning import prefix_states
 from ..models.sources import first_line
 from ..render.base import Example
 from ..render.example_store import lengths_of
@@ -74,12 +75,14 @@ def _run(model: PreTrainedModel, rows: Sequence[Example]) -> Tensor:
     ids = torch.tensor([[token for row in rows for token in row.token_ids]], device=model.device)
     prefixes = prefixes_of(rows, lambda token_ids: row_prefix(model, token_ids))
     positions = positions_of([len(row) for row in rows], prefixes).to(model.device)
-    extra = {}
+    extra: dict[str, object] = {}
     if model.config._attn_implementation == PACKED:
         ends = torch.tensor([len(row) for row in rows]).cumsum(0)
         extra["row_starts"] = torch.cat([torch.zeros(1, dtype=ends.dtype), ends])
         if prefixes is not None:
             extra["row_prefixes"] = torch.tensor([prefix.num_tokens for prefix in prefixes])
+        if (past := prefix_states(model)) is not None:
+            extra["past_states"] = past
     output = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, **extra)
     hidden: Tensor = output.last_hidden_state[0].float()
     return hidden
