@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -262,3 +262,36 @@ def models(
             table.add_row("" if row else family.name, what, value)
         table.add_section()
     out.print(table, soft_wrap=False)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    folder: Annotated[Path, typer.Argument(help="Where to write the model; must be empty if it is there.")],
+    layout: Annotated[
+        Literal["native", "original"],
+        typer.Option(help="For transformers, or as ChatGLM and GLM-4 were released, for tools made for those."),
+    ] = "native",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the weights; by default that which the run computed in."),
+    ] = None,
+    base_model: BaseModel = None,
+) -> None:
+    """Write the tuned model as a whole model, its adapter merged in, and prove that it computes the same.
+
+    A P-Tuning prefix cannot be merged: with --layout original it is written as the originals' own trainer does.
+    """
+    with reporting_errors():
+        from ..export import export_run
+
+        done = export_run(run, folder, layout=layout, dtype=dtype, base_model=base_model, console=err)
+    what = f"the merged model in {done.dtype}" if done.merged else "the prefix, for use with its base model"
+    out.print(f"{done.folder}: {what}, {done.layout} layout.")
+    out.print(
+        f"Compared with the run on {done.num_tokens} tokens: no logit differs by more than {done.difference:.2g} "
+        f"standard deviations (rounding explains {done.tolerance:g}); at {done.same_choice:.1%} of them the same token "
+        f"is the likeliest."
+    )
+    if not done.same_prompts:
+        err.print("note: the written chat template asks a question in other tokens than the run was asked in.")

@@ -1,0 +1,280 @@
+"""A finished run → a model of its own, its adapter merged in: for transformers, or for tools made for the originals.
+
+What was written is opened again and held against the run: the same rows must get the same logits, as far as the dtype
+holds them. Only then does the folder get its name.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from .apply import open_run
+from .errors import ModelError, RunError
+from .messages import Message
+from .models.opening import DTYPES, OpenModel, open_model
+from .models.original_files import copy_companions, save_original
+from .models.prefix_files import export_original_prefix
+from .models.ptuning import prefix_encoder_of
+from .models.quantized import dequantize_model
+from .models.sources import fingerprint, first_line, read_json
+from .runs import write_folder, write_json
+
+Layout = Literal["native", "original"]
+
+_SHARD_SIZE = "2GB"
+_TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 3e-1}
+"""How far a logit may move by merging, in standard deviations of the logits: the sum of two weights is rounded once to
+the dtype. float16 keeps 11 bits and bfloat16 8, so a merged model in bfloat16 is eight times as far away."""
+
+_QUESTIONS = (
+    "小王上周从北京搬到了上海，在一家书店上班。",
+    "Which of these labels fits the text best: sport, science or money?",
+    '{"城": "成都", "人": ["李梅", "赵东"]}',
+    "这家面馆去年赚的钱比前年多一倍，店主打算再开一家。",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """What was written, and how close it is to the run."""
+
+    folder: Path
+    layout: Layout
+    dtype: str
+    merged: bool
+    """False for a P-Tuning prefix, which stays apart and needs its base model."""
+    num_tokens: int
+    """How many places were compared."""
+    difference: float
+    """The largest change of a logit, in standard deviations of the logits."""
+    tolerance: float
+    same_choice: float
+    """The share of places where the same token is the likeliest."""
+    same_prompts: bool
+    """Whether the written tokenizer and template make the same tokens of a question."""
+
+
+def export_run(
+    path: str | Path,
+    out: str | Path,
+    *,
+    layout: Layout = "native",
+    dtype: str | None = None,
+    base_model: str | None = None,
+    console: Console | None = None,
+) -> Exported:
+    """Write the run at `path` to the folder `out` as a whole model, and prove that it answers as the run.
+
+    Args:
+        path: the run folder.
+        out: is made; must be empty if it is there.
+        layout: ``native`` for transformers' classes; ``original`` for the names and files of ChatGLM and GLM-4 as they
+            were released. ChatGLM-6B, which transformers has no class for, is written in its original layout always.
+        dtype: of the weights; by default that which the run computed in.
+        base_model: where the base model lies now, if it was moved.
+        console: where it is said what happens.
+
+    Raises:
+        RunError: `out` is not empty, or cannot be written.
+        ModelError: the model cannot be written so, or what was written computes something else.
+        ContractError: the run cannot be opened.
+    """
+    console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} is there already and not empty. Name another folder.")
+    if dtype is not None and dtype not in DTYPES:
+        raise RunError(f"The dtype {dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
+    done: list[Exported] = []
+
+    def fill(temporary: Path) -> None:
+        written = _write(
+            path, temporary, name=str(folder), layout=layout, dtype=dtype, base_model=base_model, console=console
+        )
+        gc.collect()  # two models at once would not fit
+        console.print("checking: what was written is opened and compared with the run …")
+        done.append(replace(_compare(written, temporary), folder=folder))
+
+    write_folder(folder, fill)
+    return done[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Written:
+    """What is kept of a run once its model has left memory."""
+
+    layout: Layout
+    dtype: str
+    tolerance: float
+    base: str | None
+    """The base model, where what was written is an adapter of it."""
+    quantize: str
+    """In how many bits that is to be held."""
+    rows: tuple[tuple[int, ...], ...]
+    prompts: tuple[tuple[int, ...], ...]
+    logits: tuple[Tensor, ...]
+
+
+def _write(
+    path: str | Path,
+    folder: Path,
+    *,
+    name: str,
+    layout: Layout,
+    dtype: str | None,
+    base_model: str | None,
+    console: Console,
+) -> _Written:
+    """Open the run, keep its logits for some rows, merge its adapter, write everything into `folder`."""
+    run, contract, opened = open_run(path, base_model=base_model)
+    if opened.family.layout == "chatglm" and layout == "native":
+        console.print("note: transformers has no class for ChatGLM-6B; it is written in its original layout.")
+        layout = "original"
+    _require_layout(opened, layout)
+    computed_in = contract.dtype
+    dtype = dtype or computed_in
+    prompts = _prompts(opened)
+    rows = tuple(
+        (*prompt, *opened.renderer.render_answer(text)) for prompt, text in zip(prompts, _QUESTIONS, strict=True)
+    )
+    logits = tuple(_logits(opened.model, rows))
+    merging = isinstance(opened.model, PeftModel)
+    if isinstance(opened.model, PeftModel):
+        console.print(f"merging the adapter of {run.path} into {contract.base} …")
+        model = _merge(opened.model, DTYPES[dtype])
+        console.print(f"writing the {layout} layout in {dtype} …")
+        _write_model(model, opened, folder, layout, console)
+        contract = replace(
+            contract,
+            base=name,
+            base_fingerprint=fingerprint(folder),
+            adapter_fingerprint="",
+            dtype=dtype,
+            quantize="none",
+        )
+    else:
+        if dtype != computed_in:
+            console.print("note: a prefix is written in float32 whatever the dtype; --dtype changes nothing.")
+            dtype = computed_in
+        console.print(f"writing the prefix of {run.path} as the originals' trainer does …")
+        _write_prefix(opened, folder)
+    contract.write(folder / "contract.json")
+    return _Written(
+        layout=layout,
+        dtype=dtype,
+        tolerance=max(_TOLERANCES[dtype], _TOLERANCES[computed_in]),
+        base=None if merging else base_model or contract.base,
+        quantize=contract.quantize,
+        rows=rows,
+        prompts=prompts,
+        logits=logits,
+    )
+
+
+def _require_layout(opened: OpenModel, layout: Layout) -> None:
+    """Raise ModelError where the model cannot be written in `layout`."""
+    family = opened.family
+    if layout == "original" and family.layout is None:
+        raise ModelError(
+            f"{opened.folder} has no original layout of its own: it is stored as transformers stores models. "
+            f"Leave out --layout original."
+        )
+    if prefix_encoder_of(opened.model) is None:
+        return
+    if family.layout in (None, "glm4"):
+        raise ModelError(
+            f"This run learnt a P-Tuning prefix. It cannot be merged into weights, and the original code of "
+            f"{family.models} has no place for one. Use the run as it is, or tune with LoRA."
+        )
+    if layout == "native":
+        raise ModelError(
+            "This run learnt a P-Tuning prefix. It cannot be merged into weights, and transformers' classes have no "
+            "place for one. Export it for the originals' tools: --layout original."
+        )
+
+
+def _merge(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model with the adapter added to its weights, all of it in `dtype`."""
+    dequantize_model(model, dtype)
+    if dtype == torch.float32:
+        torch.nn.Module.to(model, dtype)  # before, so that the sum is rounded to nothing less
+    merged = model.merge_and_unload(safe_merge=True)
+    assert isinstance(merged, PreTrainedModel)
+    torch.nn.Module.to(merged, dtype)
+    merged.config.dtype = dtype
+    return merged
+
+
+def _write_model(model: PreTrainedModel, opened: OpenModel, folder: Path, layout: Layout, console: Console) -> None:
+    if layout == "original":
+        config = read_json(opened.folder / "config.json")
+        save_original(model, folder, config=config, source=opened.folder)
+        return
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        console.print(
+            f"note: the generation settings of {opened.folder} contradict themselves ({first_line(error)}); only the "
+            f"special tokens among them are kept.",
+            soft_wrap=True,
+        )
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.generation_config.eos_token_id = list(opened.renderer.stop_ids)
+    model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
+    opened.tokenizer.save_pretrained(folder)
+
+
+def _write_prefix(opened: OpenModel, folder: Path) -> None:
+    """The prefix with the configuration and the vocabulary of its base model, as the originals' trainer leaves them."""
+    write_json(folder / "config.json", read_json(opened.folder / "config.json"))
+    export_original_prefix(opened.model, folder)
+    copy_companions(opened.folder, folder)
+
+
+def _prompts(opened: OpenModel) -> tuple[tuple[int, ...], ...]:
+    """Some questions as the model is asked them."""
+    return tuple(opened.renderer.render_prompt([Message(role="user", text=text)]) for text in _QUESTIONS)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel | PeftModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits ``[tokens, vocabulary]`` of each row, as float32 on the CPU."""
+    device = next(model.parameters()).device
+    return [model(torch.tensor([row], device=device)).logits[0].float().cpu() for row in rows]
+
+
+def _compare(written: _Written, folder: Path) -> Exported:
+    """Open what was written and compare it with the run. Raises ModelError where it computes something else."""
+    source = str(folder) if written.base is None else written.base
+    adapter = None if written.base is None else folder
+    opened = open_model(source, adapter=adapter, dtype=written.dtype, quantize=written.quantize)
+    ours = torch.cat(_logits(opened.model, written.rows))
+    theirs = torch.cat(written.logits)
+    difference = float((ours - theirs).abs().max() / theirs.std())
+    if not difference <= written.tolerance:
+        raise ModelError(
+            f"What was written does not compute what the run computes: a logit differs by {difference:.2g} standard "
+            f"deviations, and rounding explains {written.tolerance:g}. Nothing was kept. "
+            f"{'Try --dtype float32.' if written.dtype != 'float32' else 'Please report this with the run.'}"
+        )
+    return Exported(
+        folder=folder,
+        layout=written.layout,
+        dtype=written.dtype,
+        merged=written.base is None,
+        num_tokens=len(theirs),
+        difference=difference,
+        tolerance=written.tolerance,
+        same_choice=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+        same_prompts=_prompts(opened) == written.prompts,
+    )
