@@ -37,6 +37,7 @@ from .recipe import Data
 from .render.base import Renderer
 from .render.example_store import ExampleStore, ExampleWriter
 from .render.fitting import CHUNK_ROWS, FittedChunk, FittedRows, Fitting, fit_chunk, fit_rows, refuse_problems
+from .render.spelling import spelling_note
 from .runs import sync
 from .tasks.base import Task
 
@@ -72,7 +73,9 @@ class TokenisedRows:
 def fit_side(
     data: Data, dataset: Dataset, side: Side, renderer: Renderer, *, model: Path, folder: Path | None = None
 ) -> tuple[FittedRows, str]:
-    """The examples of the dataset's train or dev rows, and a sentence on the cache where it was used.
+    """The examples of the dataset's train or dev rows, and what there is to say of them, a line each.
+
+    That is a note on answers which the tokenizer spells otherwise, and a sentence on the cache where it was used.
 
     Args:
         data: the recipe's part that sets the length policy.
@@ -85,6 +88,7 @@ def fit_side(
     Raises DataError as `fit_rows`, or when the disk is full.
     """
     records, tasks = (dataset.train, dataset.train_tasks) if side == "train" else (dataset.dev, dataset.dev_tasks)
+    note = spelling_note(records, tasks, renderer)
     how = Fitting(
         renderer=renderer,
         max_length=data.max_length,
@@ -102,7 +106,7 @@ def fit_side(
             turns=how.turns,
             masks=how.masks,
         )
-        return fitted, ""
+        return fitted, note
     key = token_key(
         rows=f"{side} of {dataset.fingerprint}",
         tasks=dataset.tasks,
@@ -117,8 +121,10 @@ def fit_side(
     made = fit_or_open(records, tasks, how, folder=place, key=key, as_written=as_written)
     many = f"{len(made.fitted.examples):,} {side} examples"
     if made.found:
-        return made.fitted, f"{many}: tokenised rows from the cache, {made.folder}"
-    return made.fitted, f"{many} tokenised in {time.monotonic() - started:.0f} s and kept in {made.folder}"
+        said = f"{many}: tokenised rows from the cache, {made.folder}"
+    else:
+        said = f"{many} tokenised in {time.monotonic() - started:.0f} s and kept in {made.folder}"
+    return made.fitted, f"{note}\n{said}" if note else said
 
 
 def token_key(

@@ -47,6 +47,7 @@ class TemplateRenderer(Renderer):
         self._escaped_pattern = _any_of(self._escaped)
         # looked for first: Gemma has six thousand control strings, too many to try at every character of a text
         self._control_start, self._escaped_start = _any_start_of(control), _any_start_of(self._escaped)
+        self._knows_tools = self._knows_tools and self._shows_tools()
         self._anchor, self._anchor_ids = self._find_anchor()
         self._reply_opening = self._find_reply_opening()
         self._end_ids = self._find_end()
@@ -327,6 +328,14 @@ class TemplateRenderer(Renderer):
         """What the tokenizer puts before every text, such as ``<bos>``; an end token it adds is left out."""
         ids = self._tokenizer("", add_special_tokens=True)["input_ids"]
         return tuple(i for i in ids if i != self._tokenizer.eos_token_id or i == self._tokenizer.bos_token_id)
+
+    def _shows_tools(self) -> bool:
+        """Whether the template writes down the tools on offer; GLM-4's first one reads them from a message instead."""
+        tool = {"name": "weitiao_probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+        try:
+            return tool["name"] in self._apply_template([Message(role="user", text="?")], [tool], prompt=True)
+        except RenderError:  # then it is asked for tools only where a conversation has some, and says so there
+            return True
 
     def _find_reply_opening(self) -> str:
         """The line break that the template writes between what asks for a reply and the reply; empty, as a rule.
