@@ -29,6 +29,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import ModelError
 from . import glm_templates
+from .charsmap import normalizer_steps
 from .layouts import GlmLayout
 from .sentencepiece_file import Piece, PieceType, SentencePieceModel, read_sentencepiece
 from .sources import read_json
@@ -93,6 +94,7 @@ def _must_exist(path: Path, model: str) -> None:
 def _chatglm(vocabulary: SentencePieceModel) -> PreTrainedTokenizerFast:
     pieces = [replace(p, text=_GMASK) if p.text == "[gMASK]" else p for p in vocabulary.pieces]
     ids = {piece.text: i for i, piece in enumerate(pieces)}
+    user_defined = [piece.text for piece in pieces if piece.type is PieceType.USER_DEFINED]
     best = max(piece.score for piece in pieces if piece.type is PieceType.NORMAL)
     backend = Tokenizer(Unigram([(p.text, _unigram_score(p, best)) for p in pieces], ids["<unk>"], byte_fallback=True))
     backend.normalizer = normalizers.Sequence(
@@ -100,9 +102,9 @@ def _chatglm(vocabulary: SentencePieceModel) -> PreTrainedTokenizerFast:
             normalizers.Replace("\n", "<n>"),
             normalizers.Replace("\t", "<|tab|>"),
             *(normalizers.Replace(" " * k, f"<|blank_{k}|>") for k in range(_MOST_BLANKS, 1, -1)),
-            normalizers.Precompiled(vocabulary.charsmap),
+            *normalizer_steps(vocabulary.charsmap, kept=user_defined),
             normalizers.Replace(Regex(" {2,}"), " "),
-            normalizers.Strip(left=True, right=False),
+            normalizers.Replace(Regex(r"\A +"), ""),
             normalizers.Prepend(" "),
             normalizers.Replace(Regex(rf"[ {_BLANK}]+\z"), ""),
         ]
