@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -51,18 +52,34 @@ def read_commands(text: str) -> list[Command]:
             words = shlex.split(line, comments=True)
         except ValueError as error:
             raise RecipeError(f"A line of the script cannot be read ({error}): {line.strip()[:80]}") from None
-        words = [_filled(word, variables) for word in words]
-        if words and words[0] in ("!", "$", "nohup", "export"):
-            words = words[1:]
-        environment: dict[str, str] = {}
-        while words and (assigned := _ASSIGNMENT.match(words[0])):
-            environment[assigned[1]] = assigned[2]
-            words = words[1:]
-        if not words:
-            variables |= environment
-        elif (command := _command(words, {**environment})) is not None:
-            found.append(command)
+        for part in _parts([_filled(word, variables) for word in words]):
+            environment: dict[str, str] = {}
+            while part and (assigned := _ASSIGNMENT.match(part[0])):
+                environment[assigned[1]] = assigned[2]
+                part = part[1:]
+            if not part:
+                variables |= environment
+            elif (command := _command(part, environment)) is not None:
+                found.append(command)
     return found
+
+
+def _parts(words: list[str]) -> Iterator[list[str]]:
+    """The commands of a line, without what their output is sent to."""
+    part: list[str] = []
+    silent = False  # behind > or |
+    for word in words:
+        if word in ("&&", "||", ";"):
+            yield part
+            part, silent = [], False
+        elif silent or re.match(r"^(\d?>|&>|<|\||&$)", word):
+            silent = True
+        elif not (not part and word in ("!", "$", "nohup", "export")):
+            part.append(word.removesuffix(";"))
+            if word.endswith(";"):
+                yield part
+                part = []
+    yield part
 
 
 def _filled(word: str, variables: dict[str, str]) -> str:
@@ -76,7 +93,7 @@ def _command(words: list[str], environment: dict[str, str]) -> Command | None:
         return None
     start = starts[0]
     _, launcher = _options(words[1:start])
-    rest, options = _options([word for word in words[start + 1 :] if not re.match(r"^(\d?>|<|\||&|;|2>&1)", word)])
+    rest, options = _options(words[start + 1 :])
     visible = [number for number in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if number.strip()]
     counts = [str(launcher[name]) for name in _DEVICE_OPTIONS if name in launcher]
     devices = int(counts[0]) if counts and counts[0].isdecimal() else max(1, len(visible))

@@ -89,7 +89,7 @@ class Ledger:
     def number(self, key: str) -> float | None:
         """The setting as a number, ``"5e-5"`` too; None where it is not there. Raises RecipeError for anything else."""
         value = self.settings.get(key)
-        if value is None:
+        if value is None or str(value).lower() in ("none", "null", ""):
             return None
         try:
             if isinstance(value, bool):

@@ -109,12 +109,10 @@ def _carry_rows(ledger: Ledger, wishes: Wishes) -> None:
     carry_rows(ledger, wishes, train=keys, train_paths=train, dev=("eval_dataset",), dev_paths=dev)
     limit = ledger.whole("max_samples")
     if limit is not None and "data.train" in ledger.lines:
-        places = [place for place in ("data.train", "data.dev") if place in ledger.lines]
-        for place in places:
-            for source in ledger.lines[place].value:
+        for place in ("data.train", "data.dev"):
+            for source in ledger.lines[place].value if place in ledger.lines else ():
                 source["limit"] = limit
-        note = "limit of every source: so many rows, chosen by the seed, not the first"
-        ledger.carry_into("max_samples", " and ".join(places), note)
+        ledger.carry_into("max_samples", "data.train", "limit of every source: rows chosen by the seed, not the first")
     _carry_share(ledger, wishes)
     mixing = ledger.text("mix_strategy") or "concat"
     if mixing == "concat":

@@ -64,7 +64,7 @@ def _carry_rows(ledger: Ledger, wishes: Wishes) -> None:
         if limit is not None and place in ledger.lines:
             for source in ledger.lines[place].value:
                 source["limit"] = limit
-            ledger.carry_into(name, place, "limit: so many rows, chosen by the seed, not the first")
+            ledger.carry_into(name, place, "limit of every source: rows chosen by the seed, not the first")
     if "data.dev" not in ledger.lines:
         ledger.imply("data.held_out", 0.0, "the original keeps no rows apart")
     ledger.leave("dataset_config_name", "data sets of several configurations: convert them to a file first")

@@ -14,6 +14,7 @@ NEEDLESS = {
     "predict_with_generate": "rows are always scored by generated answers",
     "remove_unused_columns": "rows keep what the program needs",
     "output_dir": "a run's folder is runs/NAME, by the recipe's name",
+    "run_name": "a run is called by the recipe's name",
     "logging_dir": "a run's folder is runs/NAME, by the recipe's name",
     "logging_strategy": "train.log_every says it",
     "dataloader_num_workers": "rows are prepared on all cores",

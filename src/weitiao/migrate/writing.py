@@ -36,7 +36,7 @@ def recipe_text(ledger: Ledger, name: str, *, file: Path, told: str) -> str:
         if keys:
             lines += ["", f"{part}:"]
             for place in _in_order(keys):
-                lines += _key(place.partition(".")[2], ledger.lines[place].value, ledger.lines[place].comment)
+                lines += _key(place.partition(".")[2], ledger.lines[place].value, _comment(ledger, place))
     lines += _listed("Could not be carried:", ledger.left)
     lines += _listed("Needs no key:", ledger.needless)
     if ledger.notes:
@@ -44,6 +44,13 @@ def recipe_text(ledger: Ledger, name: str, *, file: Path, told: str) -> str:
         for note in ledger.notes:
             lines += _wrapped(note)
     return "\n".join(lines) + "\n"
+
+
+def _comment(ledger: Ledger, place: str) -> str:
+    """What stands beside the key `place`: where it comes from, and the settings that became a part of it."""
+    told = ledger.lines[place].comment
+    parts = [f"{entry.setting} ({entry.words})" for entry in ledger.carried if entry.place == place]
+    return "; ".join([told, *(part for part in parts if part.partition(" (")[0] not in told)])
 
 
 _ORDER = ("path", "name", "train", "dev")
