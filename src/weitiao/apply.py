@@ -46,7 +46,7 @@ def open_run(path: str | Path, *, base_model: str | None = None) -> tuple[RunFol
     run = RunFolder.open(path)
     contract = Contract.read(run.contract)
     source = base_model or contract.base
-    opened = open_model(source, adapter=run.adapter, dtype=contract.dtype, quantize=contract.quantize)
+    opened = open_model(source, adapter=run.adapter, dtype=contract.dtype, quantize=contract.quantize, must_speak=True)
     contract.require_base(opened.fingerprint, path=source)
     contract.require_format(template=opened.renderer.template, stop_ids=opened.renderer.stop_ids)
     return run, contract, opened

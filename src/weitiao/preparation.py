@@ -94,7 +94,8 @@ def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None)
     for name, (num_train, num_dev) in dataset.count_rows().items():
         form = next(task.form for task in dataset.tasks if task.name == name)
         console.print(f"task {name}: {num_train} train, {num_dev} dev rows; {form.describe()}", soft_wrap=True)
-    opened = open_model(recipe.model.path, dtype=recipe.model.dtype, quantize=recipe.model.quantize)
+    model = recipe.model
+    opened = open_model(model.path, dtype=model.dtype, quantize=model.quantize, must_speak=True)
     for note in opened.notes:
         console.print(f"note: {note}", soft_wrap=True)
     rows_fingerprint, neighbours = dataset.fingerprint, None

@@ -137,7 +137,7 @@ def prompt_model(
         what = "The recipe holds no dev rows apart" if rows is None else f"{rows} holds no rows"
         raise DataError(f"{what}, so there is nothing to ask. Name a file of rows.")
     model = recipe.model
-    opened = open_model(model.path, adapter=model.adapter, dtype=model.dtype, quantize=model.quantize)
+    opened = open_model(model.path, adapter=model.adapter, dtype=model.dtype, quantize=model.quantize, must_speak=True)
     for note in opened.notes:
         console.print(f"note: {note}", soft_wrap=True)
     answerer = _answerer(recipe.generate, dataset, opened)

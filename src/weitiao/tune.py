@@ -118,7 +118,9 @@ def _depends_on(recipe: Recipe, dataset: Dataset, opened: OpenModel) -> dict[str
             del settings[part][key]
     # where rows, model and adapter lie may change, what they hold may not
     del settings["data"], settings["model"]["path"], settings["model"]["adapter"]
-    settings["data"] = {key: getattr(recipe.data, key) for key in ("max_length", "overlong", "turns", "retrieve")}
+    settings["data"] = {
+        key: getattr(recipe.data, key) for key in ("max_length", "overlong", "turns", "loss_mask", "retrieve")
+    }
     rows = {name: {"train": train, "dev": dev} for name, (train, dev) in dataset.count_rows().items()}
     start = recipe.model.adapter
     return {

@@ -12,10 +12,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError
 from ..render.base import Renderer
+from ..render.glm import glm_renderer
 from ..render.template import TemplateRenderer
 from .adapters import load_adapter
 from .families import Family, family_of
+from .glm_tokenizers import glm_tokenizer
 from .native import load_native, weight_bytes
+from .original import open_original, read_prefix
+from .ptuning import attach_original_prefix
+from .quantized import quantize_model
 from .sources import fingerprint, first_line, model_folder, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -112,12 +117,8 @@ def _load(
     if family.layout is None:
         model = load_native(folder, dtype)
         if bits:
-            from .quantized import quantize_model
-
             quantize_model(model, bits)
         return model, []
-    from .original import open_original, read_prefix
-
     model = open_original(folder, config, dtype=dtype, device=device, bits=bits)
     if not config.get("pre_seq_len"):
         return model, []
@@ -125,8 +126,6 @@ def _load(
     if prefix is None:
         length = config["pre_seq_len"]
         return model, [f"config.json tells of a prefix of {length} tokens, but no file holds it; opened without."]
-    from .ptuning import attach_original_prefix
-
     return attach_original_prefix(model, config, prefix), []
 
 
@@ -174,9 +173,6 @@ def _renderer_of(folder: Path, family: Family, config: dict[str, Any]) -> Render
     stops = _generation_stop_ids(folder)
     if family.layout is None:
         return TemplateRenderer(load_tokenizer(folder), extra_stop_ids=stops)
-    from ..render.roles import glm_renderer
-    from .glm_tokenizers import glm_tokenizer
-
     tokenizer = glm_tokenizer(folder, family.layout)
     size = config.get("padded_vocab_size") or config.get("vocab_size") or 0
     if len(tokenizer) > size:
