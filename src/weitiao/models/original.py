@@ -43,6 +43,8 @@ from .sources import first_line
 _PREFIX = "prefix_encoder."
 _PREFIX_FILES = ("prefix_encoder.safetensors", "prefix_encoder.bin")
 _SAMPLED_ROWS = 256
+_WORTH_MAPPING = 1 << 20
+"""Bytes. A smaller weight is copied: as part of a mapped file it would keep the pages of all that was read with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,7 +281,9 @@ def _load(
         elif not isinstance(module, QuantizedLinear) or kind != "weight":
             if not own.is_floating_point():
                 raise ModelError(f"{name} is {own.dtype}, where numbers with a fraction are wanted.")
-            setattr(module, kind, nn.Parameter(own.to(device=device, dtype=dtype).contiguous()))
+            real = own.to(device=device, dtype=dtype).contiguous()
+            small = real.numel() * real.itemsize < _WORTH_MAPPING
+            setattr(module, kind, nn.Parameter(real.clone() if small else real))
         elif own.is_floating_point():
             packed, module.weight_scale = quantize_weight(own.to(device), module.bits)
             module.weight = nn.Parameter(packed, requires_grad=False)

@@ -37,7 +37,7 @@ _LFS = b"version https://git-lfs"
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
 
-_MAPPED_BYTES = 256 << 20
+_MAPPED_BYTES = 64 << 20
 """After so many bytes a file is mapped anew: the pages of what was read leave memory only with their mapping."""
 
 
