@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
+from tokenizers import Regex, decoders
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -274,17 +275,35 @@ def _speller(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes | None
             return bytes(byte_of[character] for character in token) if known else None
 
         return spell_bytes
-    blank = next((step.get("replacement") for step in steps if step.get("type") == "Metaspace"), None)
-    for step in steps:
-        if step.get("type") == "Replace" and step.get("content") == " ":
-            blank = step["pattern"].get("String")
-    if blank is None:
+    rewrites = [rewrite for step in steps if (rewrite := _rewrite(step))]
+    if not any(step.get("type") == "Metaspace" or step.get("content") == " " for step in steps):
         raise ModelError(
             f"{type(tokenizer).__name__} decodes by {sorted(map(str, kinds))}, which is neither byte-level BPE nor "
             "SentencePiece, so answers cannot be constrained with it. Generate without a grammar."
         )
     single = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)} if "ByteFallback" in kinds else {}
-    return lambda token: single.get(token) or token.replace(blank, " ").encode()
+
+    def spell(token: str) -> bytes | None:
+        if token in single:
+            return single[token]
+        for rewrite in rewrites:
+            token = rewrite(token)
+        return token.encode()
+
+    return spell
+
+
+def _rewrite(step: dict[str, Any]) -> Callable[[str], str] | None:
+    """What a step of a decoder makes of one token's text; None for a step that only joins tokens."""
+    if step.get("type") == "Metaspace":
+        return lambda token: token.replace(step["replacement"], " ")
+    if step.get("type") != "Replace":
+        return None
+    pattern, content = step["pattern"], step["content"]
+    if "String" in pattern:
+        return lambda token: token.replace(pattern["String"], content)
+    replace = decoders.Replace(Regex(pattern["Regex"]), content)
+    return lambda token: str(replace.decode([token]))
 
 
 def _first_lines(error: str) -> str:
