@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Piece = int | str
 """A control token, or a text that is encoded by itself."""
 
+_SIGN = "▁"
+"""Before the name of a control token: that it is one which texts cannot spell (`models/glm_tokenizers.py`)."""
+
 _ANCHOR = "\n"
 """A text that merges with nothing behind it in SentencePiece's vocabularies: what stands behind it is inside a text."""
 
@@ -35,7 +38,9 @@ class GlmText:
         self._backend.encode_special_tokens = True  # the library's name for: control tokens in texts are mere text
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._control = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._control = {
+            i: token.content.removeprefix(_SIGN) for i, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
         self.blank = ""
         self._anchor_ids: list[int] = []
         """What stands before every text that is encoded by itself."""
@@ -44,8 +49,8 @@ class GlmText:
 
     def control_id(self, name: str) -> int:
         """The id of the control token `name`. Raises RenderError when the vocabulary has none."""
-        found = self.tokenizer.convert_tokens_to_ids(name)
-        if not isinstance(found, int) or found == self.tokenizer.unk_token_id:
+        found = next((i for i, content in self._control.items() if content == name), None)
+        if found is None:
             raise RenderError(
                 f"The tokenizer {type(self.tokenizer).__name__} has no token {name!r}, which this chat format needs. "
                 "Its vocabulary belongs to another model: download the model's own tokenizer files."
