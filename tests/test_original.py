@@ -79,6 +79,13 @@ def test_a_row_gives_the_logits_states_and_cache_of_the_original(case: tuple[Pre
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["chatglm_v1", "chatglm_v1_28l", "chatglm_v1_int4/int4", "chatglm_v1_int4/int8"])
+def test_chatglm_comes_out_of_its_files_as_it_was(name: str) -> None:
+    model, golden = model_of(name), golden_of(name)
+    assert far(model(golden["single/input_ids"]).logits, golden["single/logits"]) <= LOGITS
+
+
+@torch.no_grad()
 def test_steps_and_chunks_behind_a_cache_equal_the_original(case: tuple[PreTrainedModel, Golden]) -> None:
     model, golden = case
     past = model(golden["single/input_ids"], use_cache=True).past_key_values

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from glm_checkpoints import (
     NATIVE,
@@ -24,7 +25,7 @@ from glm_checkpoints import (
     write_checkpoint,
 )
 from weitiao.errors import ModelError
-from weitiao.models import shards
+from weitiao.models import original, shards
 from weitiao.models.original import open_original
 from weitiao.models.original_files import save_original
 from weitiao.models.quantized import quantize_weight
@@ -56,6 +57,15 @@ def checkpoint(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "model", config, make_weights(config), kind="bin", num_files=4)
 
 
+@pytest.fixture(params=["copied", "mapped"])
+def small_weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether weights as small as those here are parts of their mapped file, as large ones are."""
+    if request.param == "mapped":
+        monkeypatch.setattr(original, "_WORTH_MAPPING", 0)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("small_weights")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_files", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,6 +146,22 @@ def test_packed_weights_are_read_and_written_packed(tmp_path: Path) -> None:
         open_original(folder, make_config(), dtype=torch.float16)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_saves_what_was_opened(tmp_path: Path, kind: str, small_weights: str) -> None:
+    config = make_config()
+    model = opened(write_checkpoint(tmp_path / "model", config, make_weights(config), kind=kind))
+    q, k = model.model.layers[0].self_attn.q_proj.weight, model.model.layers[0].self_attn.k_proj.weight
+    together = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+    assert together == (small_weights == "mapped")
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert same(again.state_dict(), model.state_dict())
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.usefixtures("small_weights")
 @pytest.mark.parametrize("kind", KINDS)
 def test_learning_changes_no_file(tmp_path: Path, kind: str) -> None:
     config = make_config()
