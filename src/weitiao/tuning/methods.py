@@ -21,14 +21,21 @@ from ..recipe import Lora, PTuning
 def add_adapter(model: PreTrainedModel, method: Lora | PTuning, *, seed: int) -> PreTrainedModel | PeftModel:
     """`model` with fresh trainable parameters in float32, everything else frozen.
 
-    LoRA: a `PeftModel` around it. P-Tuning: the model itself, with a prefix in the place of one that it had.
-    The parameters start from `seed` alone, whatever random numbers were drawn before.
+    LoRA: a `PeftModel` around it. P-Tuning: the model itself, with a prefix. The parameters start from `seed` alone,
+    whatever random numbers were drawn before.
 
     Raises:
-        RecipeError: no layer of the model matches `method.targets`.
+        RecipeError: no layer of the model matches `method.targets`, or the model has a prefix that another one would
+            take the place of.
         ModelError: the model cannot take a prefix.
     """
+    own = prefix_encoder_of(model)
     if isinstance(method, PTuning):
+        if own is not None:
+            raise RecipeError(
+                f"The model has a P-Tuning prefix of {own.num_virtual_tokens} tokens, which a fresh one would take the "
+                f"place of. Name the model's folder as model.adapter too, to tune that prefix on; or tune by LoRA."
+            )
         return attach_prefix(
             model,
             num_virtual_tokens=method.num_virtual_tokens,
@@ -42,6 +49,7 @@ def add_adapter(model: PreTrainedModel, method: Lora | PTuning, *, seed: int) ->
         lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules=targets,
+        exclude_modules=None if own is None else r"prefix_encoder\..*",
         use_rslora=method.rslora,
         use_dora=method.dora,
         task_type="CAUSAL_LM",
@@ -116,7 +124,7 @@ def _lora_differences(model: PreTrainedModel | PeftModel, method: Lora) -> list[
         elif isinstance(module, torch.nn.Linear) and not any(f"{name}.".startswith(f"{layer}.") for layer in adapted):
             others.add(name)
     head = base.get_output_embeddings()
-    others -= {name for name, module in base.named_modules() if module is head}
+    others -= {name for name, module in base.named_modules() if module is head or name.startswith("prefix_encoder.")}
     wrong = [name for name in adapted if not _matches(name, method.targets)]
     wrong += [name for name in others if _matches(name, method.targets)]
     told = _told(pairs)
