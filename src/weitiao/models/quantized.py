@@ -35,8 +35,9 @@ from .sources import first_line
 
 Bits = Literal[4, 8]
 
-_BLOCK_CPU = 2**22
-"""Unpacked numbers at a time: 16 MiB of float32, about what a core's share of the last cache holds."""
+_BLOCK_CPU = 2**20
+"""Unpacked numbers at a time: 4 MiB of float32, which stays in the cache. On one AMX core, 256 rows times 8192 × 4096 in
+4 bits take 66 ms forward and 82 ms back this way, 76 and 86 with blocks four times as large, 156 and 163 with eight."""
 _BLOCK_GPU = 2**24
 """32 MiB of float16: enough to fill a GPU with one kernel, little beside the activations."""
 
@@ -88,7 +89,7 @@ def dequantize_weight(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dty
         packed = torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)
     # 18 bits hold q · scale; float16 times float16 is rounded once, bfloat16 would have rounded the scale as well
     exact = torch.float16 if dtype == torch.float16 else torch.float32
-    return (packed.to(exact) * scale.to(exact)[:, None]).to(dtype)
+    return packed.to(exact).mul_(scale.to(exact)[:, None]).to(dtype)
 
 
 def _check_bits(bits: int) -> None:
