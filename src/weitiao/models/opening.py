@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..render.template import TemplateRenderer
 from .adapters import load_adapter
 from .families import Family, family_of
 from .glm_tokenizers import glm_tokenizer
+from .layouts import GlmLayout
 from .native import load_native, weight_bytes
 from .original import open_original, read_prefix
 from .ptuning import attach_original_prefix
@@ -173,14 +175,29 @@ def _renderer_of(folder: Path, family: Family, config: dict[str, Any]) -> Render
     stops = _generation_stop_ids(folder)
     if family.layout is None:
         return TemplateRenderer(load_tokenizer(folder), extra_stop_ids=stops)
-    tokenizer = glm_tokenizer(folder, family.layout)
+    renderer = _glm_renderer(folder, family.layout, stops, _stamp(folder))
+    tokenizer = renderer.tokenizer
     size = config.get("padded_vocab_size") or config.get("vocab_size") or 0
     if len(tokenizer) > size:
         raise ModelError(
             f"The tokenizer in {folder} has {len(tokenizer)} tokens, the model only {size}: they do not belong "
             f"together. Copy the tokenizer's files from where the model comes from."
         )
-    return glm_renderer(family.layout, tokenizer, extra_stop_ids=stops)
+    return renderer
+
+
+@lru_cache(maxsize=4)
+def _glm_renderer(
+    folder: Path, layout: GlmLayout, stops: tuple[int, ...], stamp: tuple[tuple[str, int, int], ...]
+) -> Renderer:
+    """The chat format of an original GLM checkpoint; kept, since its vocabulary takes seconds to convert."""
+    return glm_renderer(layout, glm_tokenizer(folder, layout), extra_stop_ids=stops)
+
+
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of the vocabulary's files: others are read anew."""
+    files = sorted(file for pattern in _VOCABULARY_FILES for file in folder.glob(pattern))
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def _generation_stop_ids(folder: Path) -> tuple[int, ...]:
