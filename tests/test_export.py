@@ -137,7 +137,7 @@ def test_the_contract_goes_with_the_model_and_holds_for_it(run: Path, tmp_path: 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_dtype_is_as_close_as_its_rounding(run: Path, tmp_path: Path, dtype: str) -> None:
     done = export_run(run, tmp_path / "out", dtype=dtype)
-    assert done.difference <= done.tolerance == {"float32": 1e-3, "float16": 5e-2, "bfloat16": 3e-1}[dtype]
+    assert done.difference <= done.tolerance == {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}[dtype]
     assert (done.dtype, done.layout, done.merged, done.same_prompts) == (dtype, "native", True, True)
     assert {tensor.dtype for tensor in stored_weights(tmp_path / "out").values()} == {getattr(torch, dtype)}
 
@@ -148,13 +148,13 @@ def test_an_adapter_on_packed_weights_is_merged_into_unpacked_ones(
 ) -> None:
     packed = make_run(tmp_path / "run", tiny_qwen2_folder, quantize=quantize)
     done = export_run(packed, tmp_path / "out")
-    assert done.difference <= 1e-3
+    assert done.difference <= 1e-4
     assert {tensor.dtype for tensor in stored_weights(tmp_path / "out").values()} == {torch.float32}
     assert Contract.read(tmp_path / "out" / "contract.json").quantize == "none"
 
 
 def test_dora_is_merged_too(tmp_path: Path, tiny_qwen2_folder: Path) -> None:
-    assert export_run(make_run(tmp_path / "run", tiny_qwen2_folder, dora=True), tmp_path / "out").difference <= 1e-3
+    assert export_run(make_run(tmp_path / "run", tiny_qwen2_folder, dora=True), tmp_path / "out").difference <= 1e-4
 
 
 def test_generation_settings_that_contradict_themselves_do_not_stop_it(
@@ -180,7 +180,7 @@ def test_nothing_is_kept_of_a_model_that_computes_something_else(
         write(model, *rest)
 
     monkeypatch.setattr(export_module, "_write_model", write_wrong)
-    with pytest.raises(ModelError, match="does not compute what the run computes: a logit differs by"):
+    with pytest.raises(ModelError, match="does not compute what the run computes: logits differ by"):
         export_run(run, tmp_path / "out")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run"]
 
@@ -208,7 +208,7 @@ def test_glm_runs_go_back_to_the_originals_names(tmp_path: Path, shared_or_skip:
     run = make_run(tmp_path / "run", model)
     done = export_run(run, tmp_path / "out", layout="original")
     assert (done.layout, done.same_prompts) == ("original", True)
-    assert done.difference <= 1e-3
+    assert done.difference <= 1e-4
     before, after = stored_weights(model), stored_weights(tmp_path / "out")
     rotary = {name for name in after if name.endswith("inv_freq")}
     assert before.keys() | rotary == after.keys()

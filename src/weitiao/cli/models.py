@@ -289,9 +289,9 @@ def export(
     what = f"the merged model in {done.dtype}" if done.merged else "the prefix, for use with its base model"
     out.print(f"{done.folder}: {what}, {done.layout} layout.")
     out.print(
-        f"Compared with the run on {done.num_tokens} tokens: no logit differs by more than {done.difference:.2g} "
-        f"standard deviations (rounding explains {done.tolerance:g}); at {done.same_choice:.1%} of them the same token "
-        f"is the likeliest."
+        f"Compared with the run on {done.num_tokens} tokens: the logits differ by {done.difference:.2g} of their "
+        f"standard deviation (rounding explains {done.tolerance:g}), and at {done.same_choice:.1%} of them the same "
+        f"token is the likeliest."
     )
     if not done.same_prompts:
         err.print("note: the written chat template asks a question in other tokens than the run was asked in.")
