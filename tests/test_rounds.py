@@ -1,4 +1,4 @@
-"""Rounds of ChatGLM-6B and ChatGLM2: the originals' own ids, one <sop> a row, and no text that becomes a control token."""
+"""Rounds of ChatGLM-6B and ChatGLM2: the originals' own ids, one <sop> a row, no text that becomes a control token."""
 
 from __future__ import annotations
 
