@@ -174,3 +174,20 @@ def test_missing_shards_are_all_named(folders: dict[str, Path], rows: Path, tmp_
     index.write_text(json.dumps({"weight_map": files}), encoding="utf-8")
     told = refuse("train", write_recipe(folder, rows))
     assert all(name in told for name in files.values())
+
+
+def test_check_counts_tokens_as_training_renders_them(folders: dict[str, Path], layout: str, rows: Path) -> None:
+    from weitiao.dataset import load_dataset
+    from weitiao.models.opening import open_renderer
+    from weitiao.render.fitting import render_record
+
+    path = write_recipe(folders[layout], rows)
+    recipe = weitiao.load_recipe(path)
+    dataset, renderer = load_dataset(recipe), open_renderer(recipe.model.path)
+    pairs = [*zip(dataset.train, dataset.train_tasks), *zip(dataset.dev, dataset.dev_tasks)]
+    longest = max(
+        len(example) for row, task in pairs for example in render_record(row, task, renderer, turns="flagged")
+    )
+    printed = json.loads(run_cli("check", path, "--json").stdout)
+    [counted] = [lengths for lengths in printed["lengths"] if lengths["unit"] == "tokens"]
+    assert abs(counted["max"] - longest) <= 3

@@ -1,8 +1,8 @@
 """How many tokens a conversation takes in a model's chat format, from the model's tokenizer files alone.
 
-Loads no model and no torch: the tokenizer is read from ``tokenizer.json``, what the chat template adds is measured
-once on three tiny conversations. Counts are those of training to within a few tokens: where template and text meet,
-a tokenizer may join characters that are counted apart here.
+Loads no model and no torch: the tokenizer is read from ``tokenizer.json``, or made of the vocabulary of an original GLM
+checkpoint; what the chat format adds is measured once on three tiny conversations. Counts are those of training to
+within a few tokens: where format and text meet, a tokenizer may join characters that are counted apart here.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def open_counter(model: str) -> TokenCounter | None:
     Nothing is downloaded or unpacked. Raises ModelError when the files are there but cannot be read.
     """
     folder = _local_folder(model)
-    if folder is None or not (folder / "tokenizer.json").is_file():
+    if folder is None:
         return None
+    if not (folder / "tokenizer.json").is_file():
+        return _open_glm_counter(folder)
     from tokenizers import Tokenizer
 
     try:
@@ -95,6 +97,33 @@ def open_counter(model: str) -> TokenCounter | None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return TokenCounter(folder=folder, tokenizer=tokenizer, cost=_measure(tokenizer, folder))
+
+
+def _open_glm_counter(folder: Path) -> TokenCounter | None:
+    """The counter for an original GLM checkpoint; None where the folder holds none, or not its vocabulary."""
+    from ..models.families import family_of
+
+    has_config = (folder / "config.json").is_file()
+    layout = family_of(folder).layout if has_config else None
+    if layout is None or not any(folder.glob("*.model")):
+        return None
+    from ..models.glm_tokenizers import glm_tokenizer
+    from ..render.glm import glm_renderer
+
+    made = glm_tokenizer(folder, layout)
+    renderer = glm_renderer(layout, made)
+    made.backend_tokenizer.encode_special_tokens = True  # texts never spell control tokens
+    own = len(made.backend_tokenizer.encode("a", add_special_tokens=False))
+    ask, reply, system = (Message(role=role, text="a") for role in ("user", "assistant", "system"))
+
+    def cost(*messages: Message) -> int:
+        whole = renderer.render_prompt(messages) + renderer.render_answer("a")
+        return len(whole) - own * (len(messages) + 1)
+
+    once = cost(ask)
+    turn = round((cost(ask, reply, ask) - once) / 2)
+    added = TemplateCost(once=once, system=max(0, cost(system, ask) - once), turn=turn)
+    return TokenCounter(folder=folder, tokenizer=made.backend_tokenizer, cost=added)
 
 
 def _local_folder(model: str) -> Path | None:
