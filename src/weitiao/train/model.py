@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,10 @@ class TrainedModel(nn.Module):
         past = prefix_states(self.model)
         if past is not None:
             # layer by layer, so that a backward pass fills the gradient of the whole once and not in every layer
-            known["past_states"] = (past[0].unbind(), past[1].unbind())
+            layers = tuple(tuple(layer.contiguous() for layer in states.unbind()) for states in past)
+            for layer in chain(*layers):
+                torch._dynamo.mark_static(layer)  # compiled layers need not ask for sizes that never change
+            known["past_states"] = layers
         return known
 
     def row_prefix(self, token_ids: Sequence[int]) -> RowPrefix | None:
