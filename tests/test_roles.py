@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import GlmConfig, GlmForCausalLM
 
 from made_glm import made_renderer, real_renderer, vocabulary_folder
 from test_conversation import CALL, TALK, TALK_REPLY, TOOL_TALK, WEATHER, learnt_runs, say
 from weitiao.data.formats import row_to_record
 from weitiao.data.record import Record
 from weitiao.errors import RenderError
-from weitiao.generate.chat import token_spans
+from weitiao.generate.chat import reply_all, token_spans
 from weitiao.generate.constraint import compiler_of
+from weitiao.generate.engine import Sampling
 from weitiao.messages import ToolCall, write_calls
 from weitiao.render.base import Example
 from weitiao.render.glm_calls import Dialect, read_call, write_call
@@ -337,6 +340,35 @@ def test_tokens_are_placed_in_the_answers_text(renderer: RolesRenderer) -> None:
     reply = renderer.render_reply([say("user", "?")], say("assistant", "", CALL), [WEATHER])[:-1]
     text = renderer.read_answer(reply, [WEATHER])
     assert set(token_spans(renderer, reply, text, [WEATHER])) == {(0, len(text))}
+
+
+def test_replies_are_held_to_their_grammar_where_tools_are_on_offer_and_where_none_is(made: RolesRenderer) -> None:
+    torch.manual_seed(0)
+    size = len(made.tokenizer)
+    model = GlmForCausalLM(
+        GlmConfig(
+            vocab_size=size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            pad_token_id=0,
+            initializer_range=0.2,
+        )
+    ).eval()
+    grammar = 'start: "```json\\n[" A "]\\n```"\nA: "\\"水果\\"" | "\\"手机\\""'
+    questions = [[say("user", "什么？")]] * 4
+    tools = [(), (WEATHER,), (), (WEATHER,)]
+    sampling = Sampling(max_new_tokens=60)
+    replies = list(
+        reply_all(model, made, questions, sampling=sampling, tools=tools, grammars=[grammar, grammar, None, None])
+    )
+    for reply in sorted(replies, key=lambda one: one.index):
+        if reply.index < 2:
+            assert reply.finish == "stop" and reply.text in ('```json\n["水果"]\n```', '```json\n["手机"]\n```')
+        assert reply.tokens[0][0] == 0 and max(end for _, end, _ in reply.tokens) == len(reply.text)
 
 
 # ---- the same format as a chat template ------------------------------------------------------------------------------

@@ -331,9 +331,10 @@ class TemplateRenderer(Renderer):
 
     def _shows_tools(self) -> bool:
         """Whether the template writes down the tools on offer; GLM-4's first one reads them from a message instead."""
-        tool = {"name": "weitiao_probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+        name = "weitiao_probe"
+        tool = {"name": name, "description": "", "parameters": {"type": "object", "properties": {}}}
         try:
-            return tool["name"] in self._apply_template([Message(role="user", text="?")], [tool], prompt=True)
+            return name in self._apply_template([Message(role="user", text="?")], [tool], prompt=True)
         except RenderError:  # then it is asked for tools only where a conversation has some, and says so there
             return True
 
