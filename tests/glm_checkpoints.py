@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,39 @@ def make_config(**changes: Any) -> dict[str, Any]:
     return {**config, **changes}
 
 
+def make_chatglm_config(**changes: Any) -> dict[str, Any]:
+    """A small ChatGLM-6B configuration with its original keys."""
+    config = {
+        "model_type": "chatglm",
+        "_name_or_path": "tiny-chatglm",
+        "bos_token_id": 36,
+        "eos_token_id": 37,
+        "gmask_token_id": 35,
+        "hidden_size": 16,
+        "inner_hidden_size": 24,
+        "layernorm_epsilon": 1e-5,
+        "mask_token_id": 34,
+        "max_sequence_length": 64,
+        "num_attention_heads": 2,
+        "num_layers": 2,
+        "pad_token_id": 3,
+        "position_encoding_2d": True,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": 40,
+    }
+    return {**config, **changes}
+
+
 def make_weights(config: dict[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Random weights of an original ChatGLM2, ChatGLM3 or GLM-4 with this `config`, by their original names."""
+    """Random weights of an original checkpoint with this `config`, by their original names."""
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return (torch.randn(*shape, generator=random) * 0.3).to(dtype)
 
+    if "padded_vocab_size" not in config:
+        return _chatglm_weights(config, draw)
     hidden, size, heads = config["hidden_size"], config["kv_channels"], config["num_attention_heads"]
     groups = config["multi_query_group_num"] if config["multi_query_attention"] else heads
     weights = {
@@ -130,6 +157,29 @@ def make_weights(config: dict[str, Any], *, seed: int = 0, dtype: torch.dtype = 
         }
         if config["add_qkv_bias"]:
             weights[f"{layer}.self_attention.query_key_value.bias"] = draw(rows)
+    return weights
+
+
+def _chatglm_weights(config: dict[str, Any], draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+    hidden, inner = config["hidden_size"], config["inner_hidden_size"]
+    size = hidden // config["num_attention_heads"] // 2
+    embedding = draw(config["vocab_size"], hidden)
+    weights = {"transformer.word_embeddings.weight": embedding, "lm_head.weight": embedding.clone()}
+    norms = ["transformer.final_layernorm"]
+    for number in range(config["num_layers"]):
+        layer = f"transformer.layers.{number}"
+        table = (1 / 10_000.0 ** (torch.arange(0, size, 2) / size)).half()
+        weights[f"{layer}.attention.rotary_emb.inv_freq"] = table.to(embedding.dtype)
+        for name, rows, columns in (
+            ("attention.query_key_value", 3 * hidden, hidden),
+            ("attention.dense", hidden, hidden),
+            ("mlp.dense_h_to_4h", inner, hidden),
+            ("mlp.dense_4h_to_h", hidden, inner),
+        ):
+            weights |= {f"{layer}.{name}.weight": draw(rows, columns), f"{layer}.{name}.bias": draw(rows)}
+        norms += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
+    for norm in norms:
+        weights |= {f"{norm}.weight": 1 + draw(hidden), f"{norm}.bias": draw(hidden)}
     return weights
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,25 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from command_line import refuse, succeed
-from glm_checkpoints import config_of, stored_weights
-from glm_folders import write_glm_folder
+from glm_checkpoints import (
+    config_of,
+    make_chatglm_config,
+    make_config,
+    make_weights,
+    stored_weights,
+    write_checkpoint,
+)
+from made_glm import made_tokenizer
 from weitiao import export as export_module
 from weitiao.apply import open_run
 from weitiao.contract import Contract
 from weitiao.errors import ModelError, RunError
 from weitiao.export import export_run
-from weitiao.models import glm_tokenizers
+from weitiao.messages import Message
+from weitiao.models import opening
 from weitiao.models.adapters import adapter_fingerprint, save_adapter
 from weitiao.models.layouts import GlmLayout
 from weitiao.models.opening import open_model
@@ -42,19 +52,33 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def vocabularies_read_once() -> Iterator[None]:
-    """The released vocabularies take seconds to read; every folder here has the same ones."""
-    read, kept = glm_tokenizers.glm_tokenizer, {}
+@pytest.fixture(autouse=True)
+def made_vocabularies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folders of the GLM family made here have small vocabularies, which their makers' files cannot hold."""
+    monkeypatch.setattr(opening, "glm_tokenizer", lambda folder, layout: vocabulary(layout))
 
-    def read_once(folder: Path, layout: GlmLayout) -> PreTrainedTokenizerFast:
-        if layout not in kept:
-            kept[layout] = read(folder, layout)
-        return kept[layout]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glm_tokenizers, "glm_tokenizer", read_once)
-        yield
+@cache
+def vocabulary(layout: GlmLayout) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = deepcopy(made_tokenizer(layout))
+    tokenizer.eos_token = "<eop>" if layout == "chatglm" else "</s>"  # in itself the made one only knows formats
+    return tokenizer
+
+
+def make_glm_folder(folder: Path, layout: GlmLayout) -> Path:
+    """A tiny checkpoint of ChatGLM-6B or ChatGLM3 that can be asked."""
+    ids = vocabulary(layout).convert_tokens_to_ids
+    code = {"auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}, "torch_dtype": "float16"}
+    if layout == "chatglm":
+        special = {"bos": "<sop>", "eos": "<eop>", "gmask": "[gMASK]", "mask": "[MASK]"}
+        named = {f"{name}_token_id": ids(token) for name, token in special.items()}
+        config = make_chatglm_config(vocab_size=1200, **code, **named)
+    else:
+        config = make_config(padded_vocab_size=1200, eos_token_id=ids("</s>"), **code)
+    write_checkpoint(folder, config, make_weights(config))
+    (folder / "modeling_chatglm.py").write_text("raise SystemExit")
+    (folder / "tokenizer.model").write_bytes(b"a vocabulary")
+    return folder
 
 
 def make_run(
@@ -202,9 +226,8 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("layout", ["chatglm", "chatglm3"])
-def test_glm_runs_go_back_to_the_originals_names(tmp_path: Path, shared_or_skip: Path, layout: str) -> None:
-    model = write_glm_folder(tmp_path / "model", layout, shared_or_skip)
-    (model / "modeling_chatglm.py").write_text("raise SystemExit")
+def test_glm_runs_go_back_to_the_originals_names(tmp_path: Path, layout: GlmLayout) -> None:
+    model = make_glm_folder(tmp_path / "model", layout)
     run = make_run(tmp_path / "run", model)
     done = export_run(run, tmp_path / "out", layout="original")
     assert (done.layout, done.same_prompts) == ("original", True)
@@ -219,27 +242,25 @@ def test_glm_runs_go_back_to_the_originals_names(tmp_path: Path, shared_or_skip:
     beside = {file.name for file in model.iterdir()} - {"model.safetensors"}
     assert beside <= {file.name for file in (tmp_path / "out").iterdir()}
     _, _, opened = open_run(run)
-    row = opened.tokenizer("小王住在北京。", return_tensors="pt")["input_ids"]
+    row = torch.tensor([opened.renderer.render_prompt([Message(role="user", text="小王住在北京。")])])
     again = open_model(str(tmp_path / "out"), dtype="float32")
     assert torch.allclose(logits_of(again.model, row), logits_of(opened.model, row), atol=1e-3)
 
 
-def test_chatglm_has_no_other_layout_and_chatglm3_has(
-    tmp_path: Path, shared_or_skip: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = write_glm_folder(tmp_path / "chatglm", "chatglm", shared_or_skip)
+def test_chatglm_has_no_other_layout_and_chatglm3_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_glm_folder(tmp_path / "chatglm", "chatglm")
     done = export_run(make_run(tmp_path / "run", model, quantize="int8"), tmp_path / "out")
     assert "transformers has no class for ChatGLM-6B" in " ".join(capsys.readouterr().err.split())
     assert done.layout == "original"
     assert "quantization_bit" not in config_of(tmp_path / "out")
-    model = write_glm_folder(tmp_path / "chatglm3", "chatglm3", shared_or_skip)
+    model = make_glm_folder(tmp_path / "chatglm3", "chatglm3")
     export_run(make_run(tmp_path / "run3", model), tmp_path / "out3")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out3")).__name__ == "GlmForCausalLM"
 
 
 @pytest.mark.parametrize("layout", ["chatglm", "chatglm3"])
-def test_a_prefix_is_written_as_the_originals_trainer_does(tmp_path: Path, shared_or_skip: Path, layout: str) -> None:
-    model = write_glm_folder(tmp_path / "model", layout, shared_or_skip)
+def test_a_prefix_is_written_as_the_originals_trainer_does(tmp_path: Path, layout: GlmLayout) -> None:
+    model = make_glm_folder(tmp_path / "model", layout)
     run = make_run(tmp_path / "run", model, prefix=True)
     done = export_run(run, tmp_path / "out", layout="original")
     assert not done.merged

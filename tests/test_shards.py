@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from glm_checkpoints import (
     NATIVE,
     config_of,
     golden_folder,
+    make_chatglm_config,
     make_config,
     make_weights,
     opened,
@@ -69,11 +71,11 @@ def small_weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_files", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [make_config, make_chatglm_config])
 def test_loaded_and_saved_weights_are_the_same_bits(
-    tmp_path: Path, kind: str, num_files: int, dtype: torch.dtype
+    tmp_path: Path, make: Callable[..., dict[str, Any]], kind: str, num_files: int, dtype: torch.dtype
 ) -> None:
-    name = str(dtype).removeprefix("torch.")
-    config = make_config(torch_dtype=name)
+    config = make(torch_dtype=str(dtype).removeprefix("torch."))
     weights = make_weights(config, dtype=dtype)
     folder = write_checkpoint(tmp_path / "original", config, weights, kind=kind, num_files=num_files)
     model = opened(folder, dtype)
