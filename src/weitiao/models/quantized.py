@@ -36,8 +36,8 @@ from .sources import first_line
 Bits = Literal[4, 8]
 
 _BLOCK_CPU = 2**20
-"""Unpacked numbers at a time: 4 MiB of float32, which stays in the cache. On one AMX core, 256 rows times 8192 × 4096 in
-4 bits take 66 ms forward and 82 ms back this way, 76 and 86 with blocks four times as large, 156 and 163 with eight."""
+"""Unpacked numbers at a time: 4 MiB of float32, which stays in the cache. On one AMX core, 256 rows times 8192 × 4096
+in 4 bits take 66 ms forward and 82 ms back so, 76 and 86 with blocks four times as large, 156 and 163 with eight."""
 _BLOCK_GPU = 2**24
 """32 MiB of float16: enough to fill a GPU with one kernel, little beside the activations."""
 
