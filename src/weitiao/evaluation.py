@@ -33,6 +33,7 @@ from .evaluate.user_metrics import UserMetric, load_metrics, measure_rows
 from .generate.likelihood import Continuation, log_likelihoods
 from .prompting import shot_sides
 from .recipe import Recipe, load_recipe
+from .render.fitting import conversation_of
 from .runs import write_json
 from .tasks.base import Task
 
@@ -244,7 +245,7 @@ def _gold_losses(
     pairs: dict[int, Continuation] = {}
     for place, (record, task) in enumerate(zip(records, tasks, strict=True)):
         prompt = renderer.render_prompt(record.messages, record.tools)
-        label = renderer.render_answer(task.write_target(record))
+        label = renderer.render_reply(record.messages, conversation_of(record, task).reply, record.tools)
         if len(prompt) + len(label) <= most:
             pairs[place] = (prompt, label)
     with counting(console, "loss of labels") as on_sequences:
