@@ -15,8 +15,6 @@ read as a control token, and every text has the ids that the original's vocabula
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +23,6 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import ModelError
 from . import glm_templates
@@ -33,8 +30,16 @@ from .charsmap import normalizer_steps
 from .layouts import GlmLayout
 from .sentencepiece_file import Piece, PieceType, SentencePieceModel, read_sentencepiece
 from .sources import read_json
+from .tiktoken_file import as_byte_level, read_tiktoken
 
 _BLANK = "▁"
+_CHATGLM_NAMED = (
+    ("bos_token", "<sop>"),
+    ("eos_token", "<eop>"),
+    ("unk_token", "<unk>"),
+    ("pad_token", "<pad>"),
+    ("mask_token", "[MASK]"),
+)
 _CHATGLM2_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 _GLM4_SPECIALS = (
@@ -59,28 +64,37 @@ _NEVER = -1000.0
 def glm_tokenizer(folder: Path, layout: GlmLayout) -> PreTrainedTokenizerFast:
     """The tokenizer of an original checkpoint: ids, control tokens, padding and chat template as its own code has them.
 
+    It can take seconds; whoever opens a model often keeps it.
+
     Args:
-        folder: where the vocabulary file and, for GLM-4, tokenizer_config.json are.
+        folder: where the vocabulary file is. Of the files beside it, tokenizer_config.json is read for GLM-4's chat
+            template and config.json for the greatest length.
         layout: which model it is.
 
     Raises:
         ModelError: the vocabulary is missing, is no vocabulary, or is that of another model.
     """
-    if layout == "chatglm":
-        return _chatglm(_pieces(folder / "ice_text.model", "unigram", "ChatGLM-6B"))
     if layout == "glm4":
         return _glm4(folder)
-    return _chatglm2(_pieces(folder / "tokenizer.model", "bpe", "ChatGLM2 and ChatGLM3"), roles=layout == "chatglm3")
+    config_file = folder / "config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    if layout == "chatglm":
+        vocabulary = _pieces(folder / "ice_text.model", "unigram", "ChatGLM-6B", 130_344)
+        return chatglm_tokenizer(vocabulary, max_length=config.get("max_sequence_length", 2048))
+    vocabulary = _pieces(folder / "tokenizer.model", "bpe", "ChatGLM2 and ChatGLM3", 64_789)
+    roles = layout == "chatglm3"
+    return chatglm2_tokenizer(vocabulary, roles=roles, max_length=config.get("seq_length", 8192 if roles else 32_768))
 
 
-def _pieces(path: Path, algorithm: str, model: str) -> SentencePieceModel:
+def _pieces(path: Path, algorithm: str, model: str, count: int) -> SentencePieceModel:
     _must_exist(path, model)
     vocabulary = read_sentencepiece(path)
     if vocabulary.algorithm != algorithm or not vocabulary.byte_fallback:
         raise ModelError(
-            f"{path}: this vocabulary is of the kind {vocabulary.algorithm} with {len(vocabulary.pieces)} pieces, "
-            f"that of {model} is of the kind {algorithm}. Take the file of the checkpoint that config.json describes."
+            f"{path}: the pieces of this vocabulary are found by {vocabulary.algorithm}, those of {model} by "
+            f"{algorithm} and else by bytes. Take the file of the checkpoint that config.json describes."
         )
+    _must_count(path, len(vocabulary.pieces), model, count)
     return vocabulary
 
 
@@ -91,9 +105,19 @@ def _must_exist(path: Path, model: str) -> None:
         )
 
 
-def _chatglm(vocabulary: SentencePieceModel) -> PreTrainedTokenizerFast:
+def _must_count(path: Path, found: int, model: str, expected: int) -> None:
+    if found != expected:
+        raise ModelError(
+            f"{path}: this vocabulary has {found} tokens, that of {model} has {expected}. It belongs to another model: "
+            "take the file of the checkpoint that config.json describes."
+        )
+
+
+def chatglm_tokenizer(vocabulary: SentencePieceModel, *, max_length: int) -> PreTrainedTokenizerFast:
+    """ChatGLM-6B's tokenizer over `vocabulary`."""
     pieces = [replace(p, text=_GMASK) if p.text == "[gMASK]" else p for p in vocabulary.pieces]
     ids = {piece.text: i for i, piece in enumerate(pieces)}
+    blanks = [k for k in range(2, _MOST_BLANKS + 1) if f"<|blank_{k}|>" in ids]
     user_defined = [piece.text for piece in pieces if piece.type is PieceType.USER_DEFINED]
     best = max(piece.score for piece in pieces if piece.type is PieceType.NORMAL)
     backend = Tokenizer(Unigram([(p.text, _unigram_score(p, best)) for p in pieces], ids["<unk>"], byte_fallback=True))
@@ -101,19 +125,18 @@ def _chatglm(vocabulary: SentencePieceModel) -> PreTrainedTokenizerFast:
         [
             normalizers.Replace("\n", "<n>"),
             normalizers.Replace("\t", "<|tab|>"),
-            *(normalizers.Replace(" " * k, f"<|blank_{k}|>") for k in range(_MOST_BLANKS, 1, -1)),
+            *(normalizers.Replace(" " * k, f"<|blank_{k}|>") for k in reversed(blanks)),
             *normalizer_steps(vocabulary.charsmap, kept=user_defined),
             normalizers.Replace(Regex(" {2,}"), " "),
             normalizers.Replace(Regex(r"\A +"), ""),
             normalizers.Prepend(" "),
-            normalizers.Replace(Regex(rf"[ {_BLANK}]+\z"), ""),
+            normalizers.Replace(Regex(r" +\z"), ""),
         ]
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_BLANK, prepend_scheme="never", split=False)
-    controls = [p.text for p in pieces if p.type is PieceType.CONTROL]
     backend.decoder = decoders.Sequence(
         [
-            decoders.Replace(_whole("", controls), ""),
+            decoders.Replace(_whole("", [p.text for p in pieces if p.type is PieceType.CONTROL]), ""),
             decoders.Replace(_whole("", ["<unk>"]), " ⁇ "),
             decoders.Replace(_BLANK, " "),
             decoders.ByteFallback(),
@@ -121,28 +144,20 @@ def _chatglm(vocabulary: SentencePieceModel) -> PreTrainedTokenizerFast:
             decoders.Strip(" ", 1, 0),
             decoders.Replace("<n>", "\n"),
             decoders.Replace("<|tab|>", "\t"),
-            *(decoders.Replace(f"<|blank_{k}|>", " " * k) for k in range(2, _MOST_BLANKS + 1)),
+            *(decoders.Replace(f"<|blank_{k}|>", " " * k) for k in blanks),
         ]
     )
-    backend.add_special_tokens([_token(t) for t in ("<sop>", "<eop>", "<unk>", "<pad>", "[MASK]", _GMASK)])
+    # the original takes the blanks around a control token in a text away
+    named = {name: AddedToken(token, lstrip=True, rstrip=True, normalized=False) for name, token in _CHATGLM_NAMED}
+    backend.add_special_tokens([*named.values(), _spelt(_GMASK)])
     backend.post_processor = _template(f"$A {_GMASK} <sop>", f"$A {_GMASK} <sop> $B <eop>", backend)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=_token("<sop>"),
-        eos_token=_token("<eop>"),
-        unk_token=_token("<unk>"),
-        pad_token=_token("<pad>"),
-        mask_token=_token("[MASK]"),
-        extra_special_tokens=[_token(_GMASK)],
-        padding_side="left",
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-        chat_template=glm_templates.CHATGLM,
+    return _fast_tokenizer(
+        backend, max_length=max_length, chat_template=glm_templates.CHATGLM, named=named, others=[_spelt(_GMASK)]
     )
 
 
-def _token(token: str) -> AddedToken:
+def _spelt(token: str) -> AddedToken:
+    """A control token that is read wherever a text spells it."""
     return AddedToken(token, normalized=False, special=True)
 
 
@@ -155,39 +170,35 @@ def _unigram_score(piece: Piece, best: float) -> float:
     return _NEVER
 
 
-def _chatglm2(vocabulary: SentencePieceModel, *, roles: bool) -> PreTrainedTokenizerFast:
+def chatglm2_tokenizer(vocabulary: SentencePieceModel, *, roles: bool, max_length: int) -> PreTrainedTokenizerFast:
+    """ChatGLM2's tokenizer over `vocabulary`; ChatGLM3's with `roles`."""
     pieces = vocabulary.pieces
+    others = [*_CHATGLM2_SPECIALS, *(_ROLES if roles else ())]
     ids = {piece.text: i for i, piece in enumerate(pieces)}
-    specials = [*_CHATGLM2_SPECIALS, *(_ROLES if roles else ())]
-    ids |= {token: len(pieces) + i for i, token in enumerate(specials)}
+    ids |= {token: len(pieces) + i for i, token in enumerate(others)}
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    controls = [*dict.fromkeys(named.values()), *others]
     backend = Tokenizer(BPE(ids, _merges(pieces), unk_token="<unk>", byte_fallback=True))
-    named = ["<unk>", "<s>", "</s>"]
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(" "), *_hidden([*named, *specials])])
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(" "), *_told_apart(controls)])
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_BLANK, prepend_scheme="never", split=False)
     backend.decoder = decoders.Sequence(
         [
-            decoders.Replace(_whole(f"{_BLANK}?", named if roles else [*named, *specials]), ""),
-            decoders.Replace(Regex(rf"\A{_BLANK}(?=(?:{_any_of(specials)})\z)"), ""),
+            decoders.Replace(_whole(f"{_BLANK}?", list(named.values()) if roles else controls), ""),
+            decoders.Replace(Regex(rf"\A{_BLANK}(?=(?:{_any_of(others)})\z)"), ""),
             decoders.Replace(_BLANK, " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
             decoders.Strip(" ", 1, 0),
         ]
     )
-    backend.add_special_tokens([_hidden_token(token) for token in [*named, *specials]])
+    backend.add_special_tokens([_unspelt(token) for token in controls])
     backend.post_processor = _template("[gMASK] sop $A", "[gMASK] sop $A $B </s>", backend)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=_hidden_token("<s>"),
-        eos_token=_hidden_token("</s>"),
-        unk_token=_hidden_token("<unk>"),
-        pad_token=_hidden_token("<unk>"),
-        extra_special_tokens=[_hidden_token(token) for token in specials],
-        padding_side="left",
-        model_max_length=8192 if roles else 32768,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
+    return _fast_tokenizer(
+        backend,
+        max_length=max_length,
         chat_template=glm_templates.CHATGLM3 if roles else glm_templates.CHATGLM2,
+        named={name: _unspelt(token) for name, token in named.items()},
+        others=[_unspelt(token) for token in others],
     )
 
 
@@ -200,13 +211,14 @@ def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     return merges
 
 
-def _hidden_token(token: str) -> AddedToken:
+def _unspelt(token: str) -> AddedToken:
+    """A control token that is read only behind ``▁``."""
     # looked for in normalised text, where only ▁ directly before it tells it from text; [gMASK] opens templates and
     # takes the blank that is put before every text
     return AddedToken(token, normalized=True, special=True, lstrip=token == "[gMASK]")
 
 
-def _hidden(tokens: Sequence[str]) -> list[normalizers.Normalizer]:
+def _told_apart(tokens: Sequence[str]) -> list[normalizers.Normalizer]:
     """Normalisation after which ``▁`` stands before one of the tokens only where the text had it there.
 
     Every other blank, however it was written, is a blank; the pre-tokeniser makes both the same again. A text that is
@@ -237,18 +249,10 @@ def _template(single: str, pair: str, backend: Tokenizer) -> processors.PostProc
 def _glm4(folder: Path) -> PreTrainedTokenizerFast:
     path = folder / "tokenizer.model"
     _must_exist(path, "GLM-4")
-    ranks = _read_ranks(path)
-    characters = bytes_to_unicode()
-    spelling = {token: "".join(characters[byte] for byte in token) for token in ranks}
-    merges = sorted(
-        (rank, ranks[token[:at]], ranks[token[at:]], spelling[token[:at]], spelling[token[at:]])
-        for token, rank in ranks.items()
-        for at in range(1, len(token))
-        if token[:at] in ranks and token[at:] in ranks
-    )
-    backend = Tokenizer(
-        BPE({spelling[token]: rank for token, rank in ranks.items()}, [m[3:] for m in merges], ignore_merges=True)
-    )
+    ranks = read_tiktoken(path)
+    _must_count(path, len(ranks), "GLM-4", 151_329)
+    vocabulary, merges = as_byte_level(ranks)
+    backend = Tokenizer(BPE(vocabulary, merges, ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_GLM4_PATTERN), behavior="isolated"),
@@ -256,34 +260,34 @@ def _glm4(folder: Path) -> PreTrainedTokenizerFast:
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([_token(token) for token in _GLM4_SPECIALS])
+    backend.add_special_tokens([_spelt(token) for token in _GLM4_SPECIALS])
     backend.post_processor = _template("[gMASK] <sop> $A", "[gMASK] <sop> $A $B", backend)
-    config = read_json(folder / "tokenizer_config.json")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=_token("<|endoftext|>"),
-        pad_token=_token("<|endoftext|>"),
-        extra_special_tokens=[_token(token) for token in _GLM4_SPECIALS[1:]],
-        padding_side="left",
-        model_max_length=config.get("model_max_length", 128000),
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-        chat_template=config.get("chat_template"),
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) if file.is_file() else {}
+    return _fast_tokenizer(
+        backend,
+        max_length=config.get("model_max_length", 131_072),
+        chat_template=config.get("chat_template", glm_templates.GLM4),
+        named={"eos_token": _spelt("<|endoftext|>"), "pad_token": _spelt("<|endoftext|>")},
+        others=[_spelt(token) for token in _GLM4_SPECIALS[1:]],
     )
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    """The tokens of a tiktoken file as bytes, each with its id."""
-    ranks: dict[bytes, int] = {}
-    try:
-        for line in path.read_bytes().splitlines():
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except OSError as error:
-        raise ModelError(f"{path}: the vocabulary cannot be read: {error.strerror or error}.") from None
-    except (ValueError, binascii.Error):
-        raise ModelError(
-            f"{path}: line {len(ranks) + 1} is no token of a tiktoken vocabulary, which is what GLM-4 has. "
-            "Take the file of the checkpoint that config.json describes."
-        ) from None
-    return ranks
+def _fast_tokenizer(
+    backend: Tokenizer,
+    *,
+    max_length: int,
+    chat_template: str,
+    named: dict[str, AddedToken],
+    others: Sequence[AddedToken],
+) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **named,
+        extra_special_tokens=list(others),
+        padding_side="left",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=chat_template,
+    )
