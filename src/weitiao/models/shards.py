@@ -63,6 +63,21 @@ class Shards:
     _unmapped: dict[Path, dict[str, Tensor]] = field(default_factory=dict)
     """What files hold that could not be mapped; each tensor leaves with its reading."""
 
+    def held_bytes(self, dtype: torch.dtype, *, bits: int | None, without: Collection[str] = ()) -> int:
+        """The memory of all tensors but `without` once floats are `dtype` and, with `bits`, layers' matrices packed."""
+        total = 0
+        for name, stored in self.stored.items():
+            numbers = stored.num_bytes // stored.dtype.itemsize
+            if name in without:
+                continue
+            if not stored.dtype.is_floating_point or name.endswith(".weight_scale"):
+                total += stored.num_bytes
+            elif bits and len(stored.shape) == 2 and ".layers." in name:
+                total += numbers * bits // 8 + 2 * stored.shape[0]  # a float16 scale for every row
+            else:
+                total += numbers * dtype.itemsize
+        return total
+
     def stream(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of `names` once, files with the largest tensors first and in a file the largest first.
 
@@ -114,7 +129,7 @@ def open_shards(folder: Path) -> Shards:
     lost = sorted(promised - stored.keys())
     if lost:
         raise ModelError(
-            f"The files in {folder} lack {len(lost)} weights that their index names ({', '.join(lost[:3])}"
+            f"The files in {folder} lack weights that their index names: {len(lost)} ({', '.join(lost[:3])}"
             f"{' …' if len(lost) > 3 else ''}). Index and files are of two versions: download the model again."
         )
     return Shards(stored=stored, _unmapped=unmapped)
