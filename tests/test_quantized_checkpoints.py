@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,8 +24,10 @@ from glm_checkpoints import (
 )
 from weitiao.errors import ModelError
 from weitiao.models.lora_layers import ignoring_peft_warnings, use_lean_layers
+from weitiao.models.opening import loaded_bytes
 from weitiao.models.original_files import save_original
 from weitiao.models.quantized import QuantizedLinear, dequantize_model, quantize_model, quantize_weight, quantized_bits
+from weitiao.tuning.methods import count_parameters
 
 FIXTURES = ("chatglm_v1_int4/int4", "chatglm_v1_int4/int8")
 
@@ -230,9 +231,25 @@ def test_packed_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
         opened(packed_checkpoint(tmp_path / "embeddings", quantization_embeddings=True))
 
 
-def test_a_packed_checkpoint_is_smaller_by_what_it_packs(tmp_path: Path) -> None:
-    folder = packed_checkpoint(tmp_path)
-    with safe_open(folder / "model.safetensors", "pt") as weights:
-        name = "transformer.encoder.layers.0.mlp.dense_h_to_4h.weight"
-        assert weights.get_slice(name).get_shape() == [48, 8]
-        assert weights.get_slice(name).get_dtype() == "I8"
+# What is told of memory and size
+
+
+@pytest.mark.parametrize(
+    ("name", "quantize"),
+    [
+        *((name, quantize) for name in ("chatglm3", "chatglm_v1") for quantize in ("none", "int8", "int4")),
+        *((name, quantize) for name in FIXTURES for quantize in ("none", name.rpartition("/")[2])),
+    ],
+)
+def test_the_foretold_memory_is_what_an_opened_model_holds(name: str, quantize: str) -> None:
+    folder = golden_folder(name)
+    model = opened(folder, torch.bfloat16, bits=None if quantize == "none" else int(quantize[-1]))
+    held = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+    told = loaded_bytes(str(folder), dtype="bfloat16", quantize=quantize)
+    assert told == pytest.approx(sum(tensor.numel() * tensor.element_size() for tensor in held), rel=0.01)
+
+
+def test_packed_numbers_count_as_the_parameters_they_stand_for() -> None:
+    folder = golden_folder("chatglm3")
+    plain = count_parameters(opened(folder))
+    assert count_parameters(opened(folder, bits=4))[1] == count_parameters(opened(folder, bits=8))[1] == plain[1]

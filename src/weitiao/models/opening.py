@@ -23,6 +23,7 @@ from .native import load_native, weight_bytes
 from .original import open_original, read_prefix
 from .ptuning import attach_original_prefix
 from .quantized import quantize_model
+from .shards import open_shards
 from .sources import fingerprint, first_line, model_folder, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -216,5 +217,13 @@ def open_renderer(path: str) -> Renderer:
 
 
 def loaded_bytes(path: str, *, dtype: str, quantize: str = "none") -> int:
-    """The memory that the weights of the model `path` take once they are opened so."""
-    return weight_bytes(model_folder(path), resolve_dtype(dtype))
+    """The memory that opening the model `path` so takes for its weights.
+
+    Other models than originals are packed once they are loaded, so they need what they take before.
+    """
+    folder = model_folder(path)
+    layout = family_of(folder).layout
+    if layout is None:
+        return weight_bytes(folder, resolve_dtype(dtype))
+    tied = ("lm_head.weight",) if layout == "chatglm" else ()
+    return open_shards(folder).held_bytes(resolve_dtype(dtype), bits=_BITS[quantize], without=tied)

@@ -15,6 +15,7 @@ from ..errors import RecipeError
 from ..models.adapters import base_model, load_adapter
 from ..models.lora_layers import ignoring_peft_warnings, use_lean_layers
 from ..models.ptuning import attach_prefix, prefix_encoder_of
+from ..models.quantized import QuantizedLinear
 from ..recipe import Lora, PTuning
 
 
@@ -149,6 +150,11 @@ def _matches(name: str, targets: str | tuple[str, ...]) -> bool:
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters of `model`; tied weights count once."""
+    """(trainable, all) parameters of `model`; tied weights count once, packed ones as the numbers they stand for."""
     parameters = {id(p): p for p in model.parameters()}.values()
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    total = sum(p.numel() for p in parameters) + sum(
+        module.in_features * module.out_features - module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, QuantizedLinear)
+    )
+    return sum(p.numel() for p in parameters if p.requires_grad), total
