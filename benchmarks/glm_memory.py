@@ -225,8 +225,8 @@ def full_variants() -> Iterator[tuple[str, float]]:
 
 
 _ARITHMETIC = """ARITHMETIC, not measured, in MiB: exact bytes of weights, adapter, gradients, AdamW's states and the
-inputs kept by checkpointed layers; other activations as weitiao's forecast has them; CUDA's context is not in it. Passes
-of 1,536 tokens are the default: a step in several passes gives the same update.
+inputs kept by checkpointed layers; other activations as weitiao's forecast has them; CUDA's context is not in it.
+Passes of 1,536 tokens are the default: a step in several passes gives the same update.
 """
 
 
