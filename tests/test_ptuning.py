@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GlmConfig, GlmForCausalLM, PreTrainedModel
 
@@ -92,9 +94,9 @@ def test_logits_equal_the_originals(name: str, implementation: str) -> None:
     case, model = goldens(name), golden_model(name)
     model.set_attn_implementation(implementation)
     for kind in {key.partition("/")[0] for key in case if "/logits" in key}:
-        given = inputs(case, kind)
-        given.pop("labels", None)
-        logits = model(**given).logits
+        row = inputs(case, kind)
+        row.pop("labels", None)
+        logits = model(**row).logits
         if kind == "long":
             assert off(logits[:, -8:], case["long/logits_last8"]) <= LOGITS
             assert off(logits[:, :4], case["long/logits_first4"]) <= LOGITS
@@ -152,11 +154,11 @@ def test_answers_equal_the_originals(name: str, implementation: str) -> None:
     model.set_attn_implementation(implementation)
     for kind in {key.partition("/")[0] for key in case if key.startswith("gen_")}:
         stop = int(case["gen_eos/eos_token_id"]) if kind == "gen_eos" else None
-        given = inputs(case, kind)
-        for positions in (given.pop("position_ids"), None):
+        asked = inputs(case, kind)
+        for positions in (asked.pop("position_ids"), None):
             extra = {} if positions is None else {"position_ids": positions}
             answers = model.generate(
-                **given,
+                **asked,
                 **extra,
                 max_new_tokens=12,
                 do_sample=False,
@@ -241,12 +243,35 @@ def test_in_parts_padded_or_generated_a_row_gives_what_it_gives_at_once(family: 
     assert torch.equal(model.generate(prompt, **options), greedy)
     beams = [model.generate(prompt, **options, num_beams=3, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*beams)
+    assert torch.equal(model.generate(prompt, **options, cache_implementation="static"), greedy)
     left = model.generate(
         nn.functional.pad(prompt, (3, 0)), attention_mask=(torch.arange(14) >= 3).long()[None], **options
     )
     assert torch.equal(left[:, 3:], greedy)
     (engine,) = generate(model, [prompt[0].tolist()], stop_ids=[], sampling=Sampling(max_new_tokens=10))
     assert list(engine.token_ids) == greedy[0, 11:].tolist()
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    length=st.integers(1, 30),
+    cut=st.integers(0, 30),
+    padding=st.integers(0, 9),
+    tokens=st.integers(1, 20),
+    data=st.data(),
+)
+@torch.no_grad()
+def test_no_length_cut_or_padding_changes_a_row(length: int, cut: int, padding: int, tokens: int, data: Any) -> None:
+    family = data.draw(st.sampled_from(["llama", "gemma3", "glm"]))
+    model = attach_prefix(tiny(family), num_virtual_tokens=tokens, projection=data.draw(st.booleans()), seed=length)
+    (row,) = rows(length, seed=cut)
+    whole = model(row).logits
+    padded, mask = nn.functional.pad(row, (padding, 0)), (torch.arange(padding + length) >= padding).long()[None]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    assert off(model(padded, attention_mask=mask, position_ids=positions).logits[:, padding:], whole) <= 1e-4
+    cut = min(cut, length - 1)
+    cache = model(row[:, :cut], use_cache=True).past_key_values if cut else None
+    assert off(model(row[:, cut:], past_key_values=cache).logits, whole[:, cut:]) <= 1e-4
 
 
 def test_tokens_far_behind_a_sliding_window_still_see_the_prefix() -> None:

@@ -53,8 +53,8 @@ class PrefixShape:
 class _Given:
     """The prefix of one call of the decoder."""
 
-    keys: Tensor
-    values: Tensor
+    states: tuple[Tensor, Tensor]
+    """Keys and values, both ``[L, K, P, D]``."""
     layers: set[int] = field(default_factory=set)
     """Those that have taken it."""
 
@@ -62,20 +62,26 @@ class _Given:
 class _CacheBehindPrefix:
     """What an attention layer takes for its cache: the real one, if any, which never holds the prefix."""
 
-    def __init__(self, cache: Cache | None, given: _Given) -> None:
+    def __init__(self, cache: Cache | None, given: _Given, num_seen: int | None) -> None:
+        """
+        Args:
+            cache: the real one.
+            given: the prefix.
+            num_seen: how many columns the layer's mask is made for; None: for all.
+        """
         self.cache = cache
         self.given = given
+        self.num_seen = num_seen
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values ``[b, K, P + c, D]`` of the prefix, of what is cached and of the new tokens."""
         if self.cache is not None:
             keys, values = self.cache.update(keys, values, layer_idx, *args, **kwargs)
-        prefix = (states[layer_idx].expand(len(keys), -1, -1, -1).to(keys) for states in _states_of(self.given))
-        return cast(tuple[Tensor, Tensor], tuple(torch.cat(pair, dim=-2) for pair in zip(prefix, (keys, values))))
-
-
-def _states_of(given: _Given) -> tuple[Tensor, Tensor]:
-    return given.keys, given.values
+        longer = []
+        for states, own in zip(self.given.states, (keys, values), strict=True):
+            prefix = states[layer_idx].expand(len(own), -1, -1, -1).to(own)
+            longer.append(torch.cat([prefix, own[..., : self.num_seen, :]], dim=-2))
+        return longer[0], longer[1]
 
 
 class PrefixEncoder(nn.Module):
@@ -143,8 +149,7 @@ class PrefixEncoder(nn.Module):
                 f"A P-Tuning prefix is computed with sdpa or eager attention, but the model is set to "
                 f"{implementation!r}. Load it with attn_implementation='sdpa'."
             )
-        keys, values = self()
-        return args, {**kwargs, _GIVEN: _Given(keys=keys, values=values)}
+        return args, {**kwargs, _GIVEN: _Given(states=self())}
 
     def after_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Hook: a model that goes another way must not lose its prefix unnoticed."""
@@ -166,30 +171,28 @@ class PrefixEncoder(nn.Module):
         del named[_GIVEN]
         layer: Any = attention
         given.layers.add(layer.layer_idx)
-        mask, states = named.get("attention_mask"), named["hidden_states"]
-        named["attention_mask"] = _lengthened(mask, states, self.num_virtual_tokens, layer.config._attn_implementation)
-        named["past_key_values"] = _CacheBehindPrefix(named.get("past_key_values"), given)
+        mask, length = named.get("attention_mask"), named["hidden_states"].shape[1]
+        num_seen = None
+        if mask is None and length > 1 and layer.config._attn_implementation == "sdpa":
+            # No mask means to sdpa that the new tokens are the first, and that each sees those before it. A cache of a
+            # fixed size has more columns than that, all of them empty.
+            num_seen = length
+            mask = torch.ones(length, length, dtype=torch.bool, device=named["hidden_states"].device).tril()[None, None]
+        named["attention_mask"] = None if mask is None else _lengthened(mask, self.num_virtual_tokens)
+        named["past_key_values"] = _CacheBehindPrefix(named.get("past_key_values"), given, num_seen)
         return (), named
 
 
-def _lengthened(mask: Tensor | None, states: Tensor, num_virtual_tokens: int, implementation: str) -> Tensor | None:
+def _lengthened(mask: Tensor, num_virtual_tokens: int) -> Tensor:
     """The mask of a layer with columns before it that every token sees.
 
     Args:
-        mask: ``[b, 1, s, c]``, boolean (True is seen) or scores to be added; None: as `implementation` has it.
-        states: the layer's input ``[b, s, hidden]``.
+        mask: ``[b, 1, s, c]``, boolean (True is seen) or scores to be added.
         num_virtual_tokens: how many columns.
-        implementation: ``sdpa``, for which no mask means causal, or ``eager``, for which it means everything.
     """
-    if mask is None:
-        length = states.shape[1]
-        if length == 1 or implementation == "eager":
-            return None
-        mask = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()[None, None]
     if mask.ndim != 4:
         raise ModelError(f"The prefix cannot be put before an attention mask of shape {list(mask.shape)}.")
-    seen = True if mask.dtype == torch.bool else 0.0
-    return nn.functional.pad(mask, (num_virtual_tokens, 0), value=seen)
+    return nn.functional.pad(mask, (num_virtual_tokens, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
 def attach_prefix(
@@ -295,9 +298,11 @@ def put_prefix(model: PreTrainedModel, encoder: PrefixEncoder) -> None:
 
 
 def prefix_shape(model: PreTrainedModel) -> PrefixShape:
-    """The sizes that a prefix of `model` must have."""
+    """The sizes that a prefix of `model` must have. Raises ModelError where it has no attention."""
     config = model.config.get_text_config()
-    num_heads = config.num_attention_heads
+    num_heads = getattr(config, "num_attention_heads", None)
+    if num_heads is None:
+        raise ModelError(f"{type(model).__name__} has no attention, which P-Tuning needs in every layer. Use LoRA.")
     return PrefixShape(
         num_layers=config.num_hidden_layers,
         num_heads=getattr(config, "num_key_value_heads", None) or num_heads,
