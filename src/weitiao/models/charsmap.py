@@ -6,8 +6,9 @@ every place the longest of them is replaced, and nothing is looked at twice. `to
 combining marks vanish (``Ａ`` with any mark becomes ``A``) and Korean letters and voiced kana stay apart.
 
 What makes it exact rests on a property of such tables, which `normalizer_steps` checks: a rule for several characters
-does what the rules for each of them do, and then Unicode's canonical composition. So the places where a rule for
-several characters applies are marked out first, then single characters are replaced, then all is composed::
+does what the rules for each of them do, and then Unicode's canonical composition; the few that do not are spelt out. So
+the places where a rule for several characters applies are marked out first, then single characters are replaced, then
+all is composed::
 
     u ¨ ̄ ̇   →   u ¨ ̄ | ̇          a bar behind every rule's text, and before every character that could join on
               →   u ̈ ̄ | ̇          rules for single characters, each kept from its neighbours while they are looked up
@@ -34,6 +35,9 @@ takes no part in any rule, and nothing joins on to a NUL."""
 _APART = "\x02"
 """Parts characters while they are looked up; the rules themselves remove it."""
 
+_MOST_OTHERS = 100
+"""Rules that may be spelt out one by one: those of a younger Unicode than the library's composition."""
+
 _JOINING = r"\p{M}\p{Cn}\x{1161}-\x{1175}\x{11A8}-\x{11C2}"
 """All that composition could join to what stands before: marks, Korean vowels and finals, and what is not yet known."""
 
@@ -50,14 +54,16 @@ def normalizer_steps(charsmap: bytes, *, kept: Sequence[str] = ()) -> list[norma
     """
     rules = read_rules(charsmap)
     single = {text: result for text, result in rules.items() if len(text) == 1}
+    several = {text: result for text, result in rules.items() if len(text) > 1}
+    apart = ["".join([single.get(character, character) for character in text]) for text in several]
+    composed = normalizers.NFC().normalize_str("\x00".join(apart)).split("\x00")
+    others = {before: result for before, result, found in zip(apart, several.values(), composed) if found != result}
+    if len(others) > _MOST_OTHERS:
+        raise ValueError(f"it has {len(others)} rules for several characters that are no compositions")
     joined: defaultdict[str, set[str]] = defaultdict(set)
     """By what follows its first character: the first characters of the rules for several."""
-    for text, result in rules.items():
-        if len(text) > 1:
-            apart = "".join([single.get(character, character) for character in text])
-            if unicodedata.normalize("NFC", apart) != result:
-                raise ValueError(f"its rule {text!a} → {result!a} is no composition")
-            joined[text[1:]].add(text[0])
+    for text in several:
+        joined[text[1:]].add(text[0])
     if single.get(_APART) != "" or any(character in single for character in _BAR + _NUL):
         raise ValueError("it has other rules for control characters than SentencePiece's own tables have")
     joining = _JOINING + _ranges(character for character, result in single.items() if _joins(result))
@@ -72,6 +78,7 @@ def normalizer_steps(charsmap: bytes, *, kept: Sequence[str] = ()) -> list[norma
         normalizers.Replace(Regex(rf"(?={any_one}[{joining}])(?>{_longest_first(joined)}|{any_one})\K"), _BAR),
         normalizers.Replace(Regex(rf"[{_ranges(single)}]\K|(?=[{joining}])"), _APART),
         normalizers.Precompiled(charsmap),
+        *(normalizers.Replace(before, others[before]) for before in sorted(others, key=len, reverse=True)),
         normalizers.NFC(),
         normalizers.Replace(_BAR, ""),
         normalizers.Replace(_NUL, "\x00"),

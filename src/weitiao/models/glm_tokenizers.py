@@ -58,7 +58,7 @@ _MOST_BLANKS = 80
 """The longest run of blanks that ChatGLM-6B has a piece for."""
 
 _NEVER = -1000.0
-"""The score of a piece that text cannot spell: below that of any text."""
+"""The score of a piece that text cannot spell: below that of its characters, each of which is a piece of its own."""
 
 
 def glm_tokenizer(folder: Path, layout: GlmLayout) -> PreTrainedTokenizerFast:

@@ -79,7 +79,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
 def _model(content: bytes) -> SentencePieceModel:
     pieces: list[Piece] = []
     trainer: dict[int, int | bytes] = {}
-    normalizer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] | None = None
     for number, value in _fields(content):
         if number == 1:
             pieces.append(_piece(_bytes(value)))
@@ -89,6 +89,8 @@ def _model(content: bytes) -> SentencePieceModel:
             normalizer = dict(_fields(_bytes(value)))
     if not pieces:
         raise ValueError("it holds no pieces")
+    if not trainer or normalizer is None:
+        raise ValueError("it ends before its settings")
     if not normalizer.get(5, 1) or trainer.get(24, 0):
         raise ValueError("it keeps blanks as they are or puts them behind words, which no GLM vocabulary does")
     algorithm = trainer.get(3, 1)
