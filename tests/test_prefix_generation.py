@@ -94,6 +94,15 @@ def test_greedy_answers_equal_one_row_at_a_time(family: str, past: int) -> None:
         assert [list(row.token_ids) for row in in_order(rows)] == expected
 
 
+@pytest.mark.parametrize(("family", "past"), [("chatglm", 0), ("chatglm", 5), ("glm", 5), ("gemma3", 5)])
+def test_exact_answers_in_bfloat16_are_those_of_a_row_alone(family: str, past: int) -> None:
+    """Where rounding decides: without `exact` some of these answers differ."""
+    model, prompts = tiny(family, past=past, std=0.3).bfloat16(), prompts_for(family, count=12)
+    expected = [one_row(model, prompt, [5], 30) for prompt in prompts]
+    rows = generate(model, prompts, stop_ids=[5], sampling=Sampling(max_new_tokens=30), exact=True)
+    assert [list(row.token_ids) for row in in_order(rows)] == expected
+
+
 @pytest.mark.parametrize("family", ["chatglm", "qwen2"])
 def test_greedy_answers_with_a_prefix_equal_a_slow_reference(family: str) -> None:
     model, prompts = tiny(family, past=4, projection=True, std=0.3), prompts_for(family, count=5)

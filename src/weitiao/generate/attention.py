@@ -55,6 +55,10 @@ class Chunk:
         """Number of tokens cached after."""
         return self.start + self.num_tokens
 
+    def first_seen(self, window: int) -> int:
+        """The first position that any of the tokens looks at."""
+        return max(0, self.start + 1 - window) if window else 0
+
 
 @dataclass(kw_only=True, slots=True)
 class Chunks:
@@ -88,10 +92,6 @@ class Chunks:
         both = torch.tensor([rows, positions]).to(self.device, non_blocking=True)
         return both[0], both[1] + self.num_past if self.num_past else both[1], both[1]
 
-    def first_seen(self, chunk: Chunk, window: int) -> int:
-        """The first column that any token of `chunk` looks at."""
-        return max(0, chunk.start + 1 - window) if window and not self.num_past else 0
-
     def seen(self, window: int) -> tuple[int, int]:
         """The columns, from … to, that the last token of any row looks at."""
         ends = [chunk.end for chunk in self.chunks]
@@ -114,21 +114,27 @@ class Chunks:
         if (place, window) not in self._masks:
             chunk = self.chunks[place]
             query = torch.arange(chunk.start, chunk.end)[:, None]
-            column = torch.arange(self.first_seen(chunk, window), chunk.end + self.num_past)[None, :]
-            position = column - self.num_past
+            own = torch.arange(chunk.first_seen(window), chunk.end)
+            position = torch.cat([torch.arange(-self.num_past, 0), own])[None, :]
             hidden = (position > query) & (position >= chunk.prefix)
             if window:
                 hidden |= (position >= 0) & (position <= query - window)
             self._masks[place, window] = self._scores(hidden, dtype)[None, None]
         return self._masks[place, window]
 
-    def is_plain(self, place: int, window: int) -> bool:
-        """Whether a chunk needs no mask: one token that sees all columns taken for it, or a row that is causal."""
+    def in_sight(self, states: Tensor, place: int, window: int) -> Tensor:
+        """The columns ``[1, K, C, D]`` of the slab `states` that any token of a chunk looks at."""
         chunk = self.chunks[place]
-        windowed = 0 < window < chunk.end
-        if chunk.num_tokens == 1:
-            return not (windowed and self.num_past)
-        return chunk.start == 0 and not self.num_past and chunk.prefix <= 1 and not windowed
+        row, first, end = states[self.top + place, None], chunk.first_seen(window), self.num_past + chunk.end
+        if first and self.num_past:
+            return torch.cat([row[:, :, : self.num_past], row[:, :, self.num_past + first : end]], dim=2)
+        return row[:, :, first:end]
+
+    def is_plain(self, place: int, window: int) -> bool:
+        """Whether a chunk needs no mask: one token, which sees all that is in sight, or a row that is causal."""
+        chunk = self.chunks[place]
+        causal = chunk.start == 0 and not self.num_past and chunk.prefix <= 1 and not 0 < window < chunk.end
+        return chunk.num_tokens == 1 or causal
 
     def _scores(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         scores = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
@@ -206,9 +212,7 @@ def _attend(
         if chunk.num_tokens == 1 and together:
             continue
         here = slice(chunks.firsts[place], chunks.firsts[place] + chunk.num_tokens)
-        row = slice(chunks.top + place, chunks.top + place + 1)
-        seen = slice(chunks.first_seen(chunk, window), chunk.end + chunks.num_past)
-        keys, values = key[row, :, seen], value[row, :, seen]
+        keys, values = (chunks.in_sight(states, place, window) for states in (key, value))
         if softcap:
             capped = chunks.mask_of_chunk(place, window, query.dtype)
             out[here] = _attend_capped(query[:, :, here], keys, values, capped, scale, softcap)[0].transpose(0, 1)
