@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,23 @@ def test_what_lies_elsewhere_is_told() -> None:
     assert any(note.startswith("data/train.jsonl does not lie here") for note in notes)
     write_rows("data/train.jsonl", 1)
     assert not any(note.startswith("data/train.jsonl") for note in migrate(Path("train.sh")).notes)
+
+
+def test_files_beside_a_script_are_found() -> None:
+    write_rows("project/data/train.jsonl", 3)
+    done = migrate(write("project/train.sh", SEED))
+    assert [source.path for source in done.recipe.data.train] == ["project/data/train.jsonl"]
+    assert [source.path for source in done.recipe.data.dev] == ["data/dev.jsonl"], "as written, for it lies nowhere"
+
+
+def test_rows_of_a_data_set_in_a_list_are_counted() -> None:
+    write_rows("data/rows.json", 40)
+    columns = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    entry = {"file_name": "rows.json", "formatting": "sharegpt", "tags": columns}
+    write("data/dataset_info.json", json.dumps({"identity": entry}))
+    file = write("c.yaml", changed(FACTORY, dataset="identity", max_steps=30, val_size=0.1, max_samples=None))
+    recipe = migrate(file).recipe
+    assert num_steps([1.0] * 36, batch_size=16, seed=42, epochs=recipe.train.epochs) == 30
 
 
 # ---- scripts that lead to a configuration -------------------------------------------------------------------------

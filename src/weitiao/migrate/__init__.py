@@ -70,7 +70,7 @@ def migrate_file(
         raise RecipeError(f"{path} exists already. Choose another file with -o, or replace it with --force.")
     original = read_original(file, command=command)
     wishes = wishes or Wishes()
-    ledger = Ledger(settings=original.settings, spell=original.spell)
+    ledger = Ledger(settings=original.settings, spell=original.spell, folder=file.parent)
     told = _carry(original, ledger, wishes, file)
     ledger.close(told)
     for name, source in original.computed.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import RecipeError
@@ -64,6 +65,8 @@ class Ledger:
     settings: Mapping[str, Any]
     spell: Callable[[str, Any], str]
     """How a setting is written in the original: ``("learning_rate", "3e-5")`` → ``--learning_rate 3e-5``."""
+    folder: Path
+    """Where the file lies that says them."""
     lines: dict[str, Line] = field(default_factory=dict)
     """The recipe so far, by dotted key."""
     carried: list[Entry] = field(default_factory=list)

@@ -6,6 +6,7 @@ An original counts optimiser steps where weitiao counts passes over the rows, so
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
@@ -14,16 +15,24 @@ from typing import Any
 from ..data.files import iter_raw_rows
 from ..data.options import ReadOptions
 from ..data.raw_rows import RowCount
+from ..data.records import iter_records_or_problems
 from ..errors import DataError, RecipeError
 from .ledger import Ledger, Wishes
 
+_HUBS = ("hf:", "modelscope:")
 
-def locate(path: str, folder: Path) -> str:
+
+def _located(path: str, folder: Path) -> str:
     """`path` as it can be used from here: itself where something lies there, else beside the file that names it."""
-    if os.path.isabs(path) or os.path.exists(path.partition("#")[0]):
+    if lies_here(path):
         return path
     beside = os.path.normpath(folder / path)
-    return beside if os.path.exists(beside.partition("#")[0]) else path
+    return beside if lies_here(beside) else path
+
+
+def lies_here(path: str) -> bool:
+    """Whether a file or folder is there; of an entry of ``dataset_info.json#NAME``, the list."""
+    return os.path.exists(path.partition("#")[0])
 
 
 def carry_rows(
@@ -49,8 +58,10 @@ def carry_rows(
     """
     # a folder given instead of files holds the files that the original names
     folder = wishes.data[0] if len(wishes.data) == 1 and os.path.isdir(wishes.data[0]) and train_paths else None
-    chosen = wishes.data if wishes.data and folder is None else tuple(train_paths)
-    scored = wishes.dev or (tuple(dev_paths) if not wishes.data or folder is not None else ())
+    named = [_located(path, ledger.folder) for path in train_paths]
+    chosen = wishes.data if wishes.data and folder is None else tuple(named)
+    dev_named = tuple(_located(path, ledger.folder) for path in dev_paths)
+    scored = wishes.dev or (dev_named if not wishes.data or folder is not None else ())
     if folder is not None:
         chosen = tuple(os.path.join(folder, os.path.basename(path)) for path in chosen)
         scored = wishes.dev or tuple(os.path.join(folder, os.path.basename(path)) for path in scored)
@@ -66,7 +77,7 @@ def carry_rows(
         for key in dev:
             ledger.leave(key, "other rows were given with --data, and no --dev with them")
     for path in (*chosen, *scored):
-        if not path.startswith(("hf:", "modelscope:")) and not os.path.exists(path.partition("#")[0]):
+        if not path.startswith(_HUBS) and not lies_here(path):
             ledger.note(f"{path} does not lie here. Change the path in the recipe before training.")
 
 
@@ -90,12 +101,16 @@ def count_rows(ledger: Ledger, wishes: Wishes) -> int | None:
 
 
 def _count(path: str) -> int | None:
-    if path.startswith(("hf:", "modelscope:")) or "#" in path:
+    if path.startswith(_HUBS):
         return None
+    count = RowCount()
+    # entries of a list are read as records, which takes longer: nothing below knows their columns
+    rows = iter_records_or_problems(path, count=count) if "#" in path else iter_raw_rows(path, ReadOptions(), count)
     try:
-        return sum(1 for _ in iter_raw_rows(path, ReadOptions(), RowCount()))
+        deque(rows, maxlen=0)
     except (DataError, OSError):
         return None
+    return count.read
 
 
 def carry_steps(ledger: Ledger, wishes: Wishes, key: str, steps: int) -> None:

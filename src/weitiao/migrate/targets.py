@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .ledger import Ledger, Wishes
+from .rows import lies_here
 
 if TYPE_CHECKING:
     from ..models.layouts import GlmLayout
@@ -32,6 +33,8 @@ def carry_model(ledger: Ledger, wishes: Wishes, keys: tuple[str, ...], path: str
         ledger.carry(keys, "model.path", wishes.model, "as --model says")
     elif path:
         ledger.carry(keys, "model.path", path)
+        if path.startswith(("/", ".", "~")) and not lies_here(path):
+            ledger.note(f"{path} does not lie here. Change model.path in the recipe, or give --model.")
     elif own:
         ledger.imply("model.path", own, "the original's own; no setting names it")
     else:
