@@ -55,7 +55,7 @@ def made_tokenizer(layout: GlmLayout) -> PreTrainedTokenizerBase:
         state["added_tokens"] = []  # the bytes are tokens like others
         backend = Tokenizer.from_str(json.dumps(state))
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    names: dict[str, Any] = {} if layout == "glm4" else {"unk_token": "<unk>"}
+    names = {"eos_token": "<|endoftext|>"} if layout == "glm4" else {"unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=control[0], **names)
 
 

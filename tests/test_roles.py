@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +384,35 @@ def test_glm4s_own_chat_template_gives_the_same_prompts_and_answers(named: GetRe
     assert template.read_answer(template.render_answer("好\n")) == "好\n"
     (example,) = template.render_conversation(TALK[:4], say("assistant", "还没"), turns="last")
     assert template.read_answer(example.token_ids[-example.num_answer :]) == "还没"
+
+
+@pytest.mark.parametrize(
+    ("history", "asking", "opening"),
+    [
+        ("<|assistant|>⏎ANSWER", "<|assistant|>", "⏎"),  # GLM-4
+        ("<|assistant|>⏎ANSWER<eop>", "<|assistant|>⏎", ""),  # ChatML, Gemma
+        ("<|assistant|> ANSWER <eop>", "<|assistant|>", ""),  # Llama 2: the blank is the answer's, as ever
+        ("<|assistant|>⏎ANSWER<eop>", "<|assistant|>⏎<sop>⏎", ""),  # history drops the thought that is asked for
+        ("<|assistant|><sop>⏎ANSWER<eop>", "<|assistant|>", ""),  # a thought is no opening
+        ("<|assistant|><sop>⏎ANSWER<eop>", "<|assistant|><sop>", "⏎"),
+    ],
+)
+def test_a_line_break_before_a_templates_replies_belongs_to_the_prompt(
+    named: GetRenderer, history: str, asking: str, opening: str
+) -> None:
+    tokenizer = copy(named("glm4 made").tokenizer)
+    turn = history.replace("ANSWER", "{{ m['content'] }}").replace("⏎", "{{ '\\n' }}")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% else %}" + turn + "{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}" + asking.replace("⏎", "{{ '\\n' }}") + "{% endif %}"
+    )
+    template = TemplateRenderer(tokenizer)
+    prompt = template.render_prompt([say("user", "好")])
+    assert template.read_inside(prompt) == f"<|user|>好{asking}{opening}".replace("⏎", "\n")
+    assert template.before_answer([WEATHER]) == opening.replace("⏎", "\n") and template.before_answer() == ""
+    reply = template.render_reply([say("user", "好")], say("assistant", "\n好"), [WEATHER])
+    assert template.read_answer(reply, [WEATHER]) == "\n好"
+    assert template.read_answer(template.render_answer("\n好")) == "\n好"
 
 
 def test_tools_are_told_in_text_where_a_template_reads_them_elsewhere(named: GetRenderer) -> None:
