@@ -28,7 +28,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {"errors"},
     "contract": {"errors", "runs"},
     "recipe_problems": set(),
-    "recipe": {"errors", "recipe_problems"},
+    "recipe_part": set(),
+    "recipe_monitor": {"recipe_part"},
+    "recipe": {"errors", "recipe_problems", "recipe_part", "recipe_monitor"},
+    "monitor": {"errors", "runs", "recipe_monitor", "recipe"},
     "visible": set(),
     "dataset": {"errors", "cache", "data", "tasks", "recipe"},
     "init": {"errors", "data", "dataset", "recipe", "runs"},
@@ -40,14 +43,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tuning": {"errors", "recipe", "models"},
     "train": {"errors", "data", "tasks", "render", "recipe", "runs", "models", "tuning"},
     "generate": {"errors", "messages", "tasks", "render", "models"},
-    "evaluate": {"errors", "messages", "data", "tasks", "render", "runs", "visible", "models", "generate"},
+    "evaluate": {"errors", "messages", "data", "tasks", "render", "runs", "visible", "generate"},
 }
 TOP = {"export", "tune", "token_cache", "preparation", "decoding", "dev_scoring", "lookup", "probe", "apply", "evaluation",
        "prompting", "cli", "__init__", "__main__"}  # fmt: skip
 """They bring everything together; nothing imports them but each other."""
 
 WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "contract", "recipe",
-                 "recipe_problems", "dataset", "init", "visible", "check", "migrate", "cli", "__init__", "__main__"}  # fmt: skip
+                 "recipe_part", "recipe_monitor", "recipe_problems", "monitor", "dataset", "init", "visible", "check",
+                 "migrate", "cli", "__init__", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "matplotlib"}
 WITH_NUMPY = {"data/near.py", "data/checks.py", "data/pieces.py", "data/postings.py", "render/example_store.py"}
 """A hundred thousand signatures take a second in numpy, minutes without; so does finding equal ones of a million."""

@@ -10,17 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from .errors import RecipeError
+from .recipe_monitor import Monitors
+from .recipe_part import Part
 from .recipe_problems import complaints
-
-
-class Part(BaseModel):
-    """A frozen group of settings; an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Source(Part):
@@ -303,6 +299,11 @@ class Recipe(Part):
     train: Train = Train()
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()
+    monitor: Monitors = Field(
+        (),
+        description="Where else the run's figures are shown: swanlab, tensorboard, wandb, mlflow, trackio, by name or "
+        "with options.",
+    )
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that `load_recipe` reads back equal."""

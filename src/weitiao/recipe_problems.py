@@ -35,7 +35,8 @@ def complaints(error: ValidationError, root: type[BaseModel]) -> list[str]:
         elif problem["type"] != "too_short" or not problem["input"]:  # else its entries are wrong, and named themselves
             told = reasons.setdefault(place, [])
             told += [] if problem["msg"] in told else [problem["msg"]]
-            found.setdefault(place, f" (found {problem['input']!r:.80}).")
+            if problem["type"] != "secret":  # a password must not be shown either
+                found.setdefault(place, f" (found {problem['input']!r:.80}).")
     return [f"{place}: {'; or '.join(told)}{found.get(place, '')}" for place, told in reasons.items()]
 
 

@@ -116,6 +116,7 @@ def _depends_on(recipe: Recipe, dataset: Dataset, opened: OpenModel) -> dict[str
     for part, keys in _VOLATILE.items():
         for key in keys:
             del settings[part][key]
+    del settings["monitor"]  # who looks on changes nothing
     # where rows, model and adapter lie may change, what they hold may not
     del settings["data"], settings["model"]["path"], settings["model"]["adapter"]
     settings["data"] = {
