@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 from ..errors import DataError, ModelError, Problem
 from ..generate.likelihood import BATCH_TOKENS, Continuation, OnSequences, log_likelihoods
 from ..messages import Message
-from ..models.adapters import has_adapter, without_adapter
 from ..render.base import Renderer
 from .probe_questions import Question, read_probe
 from .score import draws
@@ -121,6 +120,7 @@ def score_probe(
     probe: str | Path | Sequence[Question],
     *,
     batch_tokens: int = BATCH_TOKENS,
+    adapted: bool = True,
     on_questions: OnSequences | None = None,
 ) -> ProbeScore:
     """The answers of `model` to the questions of `probe`, and how many are right.
@@ -130,11 +130,13 @@ def score_probe(
         renderer: its chat format; each question is one message of the user.
         probe: a file of questions (see `probe_questions.py`), or questions read before.
         batch_tokens: most tokens of one forward pass.
+        adapted: False asks the model as it was before it was tuned, its adapter off.
         on_questions: told of the progress.
 
     Raises:
         DataError: the file holds no such questions, or some do not fit the model's positions; before anything runs.
-        ModelError: the model is in training mode, or its adapter adds virtual tokens in PEFT's way.
+        ModelError: the model is in training mode, its adapter adds virtual tokens in PEFT's way, or it is asked for
+            without an adapter that it does not have.
     """
     questions = read_probe(probe) if isinstance(probe, str | Path) else tuple(probe)
     if not questions:
@@ -143,7 +145,13 @@ def score_probe(
     asked = [_asked(renderer, question) for question in questions]
     _check_lengths(model, questions, asked)
     values = iter(
-        log_likelihoods(model, [*chain.from_iterable(asked)], batch_tokens=batch_tokens, on_sequences=on_questions)
+        log_likelihoods(
+            model,
+            [*chain.from_iterable(asked)],
+            batch_tokens=batch_tokens,
+            adapted=adapted,
+            on_sequences=on_questions,
+        )
     )
     answers = tuple(_answer(question, tuple(next(values) for _ in question.choices)) for question in questions)
     names = sorted({answer.category for answer in answers})
@@ -168,12 +176,11 @@ def compare_probe(
 
     Raises as `score_probe` does; ModelError also when the model has no adapter.
     """
-    if not has_adapter(model):
-        raise ModelError("The model has no adapter, so there is no before and after. Open it with its adapter.")
     questions = read_probe(probe) if isinstance(probe, str | Path) else tuple(probe)
-    with without_adapter(model):
-        before = score_probe(model, renderer, questions, batch_tokens=batch_tokens, on_questions=on_questions)
-    after = score_probe(model, renderer, questions, batch_tokens=batch_tokens, on_questions=on_questions)
+    before, after = (
+        score_probe(model, renderer, questions, batch_tokens=batch_tokens, adapted=adapted, on_questions=on_questions)
+        for adapted in (False, True)
+    )
     return probe_change(before, after, resamples=resamples, seed=seed)
 
 

@@ -14,6 +14,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..errors import ModelError
+from ..models.adapters import has_adapter, without_adapter
 from ..models.prefix_lm import row_prefix
 
 BATCH_TOKENS = 4096
@@ -33,6 +35,7 @@ def log_likelihoods(
     continuations: Sequence[Continuation],
     *,
     batch_tokens: int = BATCH_TOKENS,
+    adapted: bool = True,
     on_sequences: OnSequences | None = None,
 ) -> list[float]:
     """The log-probability (nats) of each continuation behind its prompt.
@@ -43,8 +46,17 @@ def log_likelihoods(
         model: a causal or prefix language model in evaluation mode.
         continuations: prompts and what follows them, within the model's positions.
         batch_tokens: most tokens of one forward pass.
+        adapted: False finds what the model held before it was tuned: its adapter is off meanwhile.
         on_sequences: told of the progress.
+
+    Raises:
+        ModelError: the model without its adapter is asked for, and it has none.
     """
+    if not adapted:
+        if not has_adapter(model):
+            raise ModelError("The model has no adapter, so there is no before and after. Open it with its adapter.")
+        with without_adapter(model):
+            return log_likelihoods(model, continuations, batch_tokens=batch_tokens, on_sequences=on_sequences)
     sharing: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for place, (prompt, follows) in enumerate(continuations):
         sharing.setdefault(((*prompt, *follows[:-1]), len(follows)), []).append(place)
