@@ -200,10 +200,10 @@ def changed(text: str, **values: Any) -> str:
     return yaml.safe_dump({key: value for key, value in kept.items() if value is not None}, sort_keys=False)
 
 
-def write_rows(path: str, count: int) -> None:
+def write_rows(path: str, count: int, *, first: int = 0) -> None:
     rows = [
         {"conversations": [{"role": "user", "content": f"问{n}"}, {"role": "assistant", "content": f"答{n}"}]}
-        for n in range(count)
+        for n in range(first, first + count)
     ]
     write(path, json.dumps(rows, ensure_ascii=False))
 

@@ -127,6 +127,8 @@ def test_finetune_hf_names_its_configuration_its_model_and_its_rows() -> None:
     done = migrate(write("run.sh", f"cd x && {command} > log.txt 2>&1"), rows=1000)
     assert done.recipe.train.batch_size == 32 and done.recipe.data.train[0].path == "data/train.json"
     assert "auto_resume_from_checkpoint: yes" in [entry.setting for entry in done.left]
+    done = migrate(write("run.sh", command.replace("yes", "configs/ds_zero_2.json")), rows=1000)
+    assert any("configs/ds_zero_2.json" in note and "trains nothing" in note for note in done.notes)
     with pytest.raises(RecipeError, match="lies neither here nor beside it"):
         migrate(write("run.sh", command.replace("lora", "none")), rows=1000)
 

@@ -14,6 +14,8 @@ import typer
 import yaml
 
 from command_line import light_training, read_lines, succeed, write_rows
+from foreign_settings import DEMO, LORA, write
+from foreign_settings import write_rows as write_migrated_rows
 from glm_folders import write_glm_folder
 from weitiao.cli import app
 from weitiao.recipe import load_recipe
@@ -246,6 +248,19 @@ def test_the_row_that_the_course_prints_is_asked_with_the_same_tokens(name: str,
     assert ids[start - 1] == 130001 and ids[-1] == 130005 and ids[start + 1 : start + 5] == [5, 125827, 2031, 4]
     learnt = [place for place, flag in enumerate(example.loss_mask) if flag]
     assert learnt == list(range(start, len(ids)))
+
+
+def test_a_migrated_configuration_trains_as_many_steps_as_it_says(glm_folders: dict[str, Path]) -> None:
+    write_migrated_rows("AdvertiseGen/train.json", 9)
+    write_migrated_rows("AdvertiseGen/dev.json", 2, first=100)
+    text = (DEMO + LORA).replace("max_steps: 3000", "max_steps: 4").replace("eval_steps: 500", "eval_steps: 4")
+    folder = glm_folders["THUDM/chatglm3-6b"]
+    write("lora.yaml", text)
+    succeed("migrate", "lora.yaml", "-o", "recipe.yaml", "--model", folder, "--data", "AdvertiseGen")
+    quick = ["model.dtype=float32", "train.compile=never", "generate.max_new_tokens=4", "train.log_every=1"]
+    succeed("train", "recipe.yaml", *quick)
+    steps = [line["step"] for line in read_lines(Path("runs/lora/metrics.jsonl")) if "loss" in line]
+    assert steps[-1] == 4
 
 
 def test_self_cognition_variants_differ_in_their_method_alone() -> None:

@@ -115,6 +115,9 @@ def _carry_rest(ledger: Ledger) -> None:
     ledger.leave("peft_config.bias", "biases are not tuned")
     ledger.leave("peft_config.modules_to_save", "no whole layer is tuned beside the adapter")
     ledger.leave("swanlab", "figures go to metrics.jsonl and curve.png of the run, to no tracker so far")
+    resume = ledger.text("auto_resume_from_checkpoint")
+    if resume is not None and resume.lower() != "yes" and not resume.isdecimal():
+        ledger.note(f"The original reads {resume} as the checkpoint to go on from, finds none, and trains nothing.")
     ledger.leave("auto_resume_from_checkpoint", "a checkpoint of another program cannot be gone on with; an adapter "
                  "can be a start: model.adapter")  # fmt: skip
     for key in ledger.settings:
