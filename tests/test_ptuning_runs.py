@@ -155,6 +155,24 @@ def test_a_run_of_a_prefix_stopped_and_resumed_ends_in_the_bits_of_one_never_sto
         run_recipe(p_tuning(tiny_llama_folder, sample_rows, *settings, *other, name="stopped"), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.learning_rate=5e-4", True),
+        ("train.learning_rate=2e-2", False),
+        ("method={name: ptuning_v2, num_virtual_tokens: 4, projection: true}", False),
+        ("method={name: lora}", False),
+    ],
+)
+def test_a_learning_rate_that_leaves_a_prefix_where_it_is_is_told(
+    override: str, told: bool, tiny_llama_folder: Path, sample_rows: Path
+) -> None:
+    screen = Screen()
+    recipe = p_tuning(tiny_llama_folder, sample_rows, "train.learning_rate=5e-4", override)
+    prepare(recipe, console=Console(file=screen, width=200))
+    assert ("note: train.learning_rate is 0.0005: a P-Tuning prefix" in screen.getvalue()) is told
+
+
 def test_dropout_on_the_prefix_is_for_training_alone(tiny_llama_folder: Path) -> None:
     method = PTuning(num_virtual_tokens=6, dropout=0.5)
     model = plain(open_model(str(tiny_llama_folder), dtype="float32"))

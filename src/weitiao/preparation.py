@@ -19,7 +19,7 @@ from .decoding import answer_limit
 from .errors import DataError, RecipeError
 from .lookup import look_up
 from .models.opening import OpenModel, open_model
-from .recipe import Generate, Recipe, Train
+from .recipe import Generate, PTuning, Recipe, Train
 from .render.base import Example
 from .render.example_store import answers_of
 from .render.fitting import FittedRows
@@ -28,6 +28,9 @@ from .token_cache import Side, fit_side
 from .train.model import require_compiler
 from .train.packing import check_packing
 from .tuning.methods import add_adapter, resume_adapter
+
+_SLOWEST_PREFIX = 2e-3
+"""Eight rows on Gemma 3 270M, 16 tokens of prefix: 24 steps at 2e-2 take the loss from 4.0 to 0.05, at 2e-3 to 3.0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,8 @@ def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None)
         dataset, neighbours, notes = look_up(recipe, dataset, opened.renderer)
         for note in notes:
             console.print(f"note: {note}", soft_wrap=True)
+    if note := _note_on_pace(recipe):
+        console.print(f"note: {note}", soft_wrap=True)
     train_rows = _fit(recipe, dataset, "train", opened, console)
     if not train_rows.examples:
         raise DataError(
@@ -121,6 +126,17 @@ def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None)
         answer_limits=_answer_limits(recipe.generate, dataset, train_rows, dev_rows),
         rows_fingerprint=rows_fingerprint,
         neighbours=neighbours,
+    )
+
+
+def _note_on_pace(recipe: Recipe) -> str | None:
+    """What to say of a learning rate that is usual for LoRA and leaves a prefix where it is."""
+    rate, method = recipe.train.learning_rate, recipe.method
+    if not isinstance(method, PTuning) or method.projection or rate >= _SLOWEST_PREFIX:
+        return None
+    return (
+        f"train.learning_rate is {rate:g}: a P-Tuning prefix without projection hardly moves at that. ChatGLM-6B's own "
+        f"trainer has 0.02."
     )
 
 
