@@ -94,7 +94,10 @@ def test_glm4s_own_keys_are_carried() -> None:
     text = DEMO + LORA + "  target_modules: [q_proj, k_proj, v_proj]\ncombine: True\nfreezeV: True\nswanlab: local\n"
     done = migrate(write("c.yaml", text), model="THUDM/glm-4-9b-chat", data=("a.jsonl",), rows=100)
     found = accounts(done, [name for name in keys(text) if name != "data_config.val_file"])
-    assert (found["combine"], found["freezeV"], found["swanlab"]) == ("carried data.turns", "needless", "left")
+    assert (found["combine"], found["freezeV"]) == ("carried data.turns", "needless")
+    assert found["swanlab"] == "carried monitor"
+    [monitor] = done.recipe.monitor
+    assert monitor.name == "swanlab" and monitor.mode == "local" and not monitor.tables, "figures alone"
     assert done.recipe.data.turns == "last" and not done.recipe.data.dev
 
 
@@ -205,6 +208,18 @@ def test_all_other_keys_of_llama_factory_are_known() -> None:
     assert method.name == "lora" and method.rslora and method.dora
     assert (model.quantize, model.adapter) == ("int4", "old")
     assert done.recipe.data.turns == "last" and done.recipe.generate.temperature == 1.0
+
+
+def test_trackers_become_monitors_that_send_no_text() -> None:
+    odd = {"report_to": ["tensorboard", "wandb"], "use_swanlab": True, "swanlab_mode": "local"}
+    odd |= {"swanlab_project": "p", "swanlab_api_key": "secret-of-mine", "swanlab_workspace": "w"}
+    done = migrate(write("c.yaml", changed(FACTORY, **odd)))
+    accounts(done, odd)
+    assert [monitor.name for monitor in done.recipe.monitor] == ["tensorboard", "wandb", "swanlab"]
+    assert not any(monitor.tables for monitor in done.recipe.monitor)
+    last = done.recipe.monitor[-1]
+    assert last.name == "swanlab" and (last.mode, last.project, last.workspace) == ("local", "p", "w")
+    assert "secret-of-mine" not in done.text and not any("secret-of-mine" in entry.setting for entry in done.left)
 
 
 def test_every_argument_of_the_installed_trainer_is_known() -> None:

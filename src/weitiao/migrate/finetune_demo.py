@@ -27,7 +27,9 @@ def carry_finetune_demo(ledger: Ledger, wishes: Wishes, *, devices: int) -> None
     if folder is None and not wishes.data:
         ledger.ask("The configuration names files without their folder. Say where they are: --data FOLDER.")
     _carry_rows(ledger, wishes, folder)
-    carry_training_arguments(ledger, wishes, devices=devices, key=lambda name: f"training_args.{name}")
+    carry_training_arguments(
+        ledger, wishes, devices=devices, key=lambda name: f"training_args.{name}", swanlab_mode="swanlab"
+    )
     ledger.imply("train.gradient_checkpointing", True, "finetune_hf.py switches it on")
     if ledger.lines["train.evaluate_every"].value != "never":
         ledger.imply("train.evaluate_rows", _SCORED_ROWS, "finetune_hf.py scores the first 50 dev rows while training")
@@ -114,7 +116,6 @@ def _carry_rest(ledger: Ledger) -> None:
     ledger.leave("peft_config.inference_mode", "an adapter is made to be tuned")
     ledger.leave("peft_config.bias", "biases are not tuned")
     ledger.leave("peft_config.modules_to_save", "no whole layer is tuned beside the adapter")
-    ledger.leave("swanlab", "figures go to metrics.jsonl and curve.png of the run, to no tracker so far")
     resume = ledger.text("auto_resume_from_checkpoint")
     if resume is not None and resume.lower() != "yes" and not resume.isdecimal():
         ledger.note(f"The original reads {resume} as the checkpoint to go on from, finds none, and trains nothing.")

@@ -20,6 +20,9 @@ OFF: tuple[object, ...] = (None, False, 0, "", "0", "0.0", "none", "None", "null
 """What a setting is that asks for nothing."""
 
 
+_SECRETS = ("_key", "_token", "_secret", "password", "webhook_url")
+"""How the names of settings end that nobody else shall read."""
+
 DEFAULT = "the original's default"
 
 
@@ -123,8 +126,12 @@ class Ledger:
         raise RecipeError(f"{self.spelled(key)} cannot be migrated: {value!r} is neither true nor false.")
 
     def spelled(self, *keys: str) -> str:
-        """The settings as the user wrote them."""
-        return ", ".join(self.spell(key, self.settings[key]) for key in keys if key in self.settings)
+        """The settings as the user wrote them; keys and passwords are not repeated, for recipes are passed around."""
+        return ", ".join(
+            self.spell(key, "…" if key.endswith(_SECRETS) and self.settings[key] else self.settings[key])
+            for key in keys
+            if key in self.settings
+        )
 
     # ---- writing ----
 

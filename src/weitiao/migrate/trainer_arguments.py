@@ -68,7 +68,6 @@ LEFT = {
         ),
         _NO_HUB,
     ),
-    "report_to": "figures go to metrics.jsonl and curve.png of the run, to no tracker so far",
     "overwrite_output_dir": "a run is never overwritten: choose another name, or delete runs/NAME",
     "resume_from_checkpoint": "a checkpoint of another program cannot be gone on with; an adapter can be a start: "
     "model.adapter",

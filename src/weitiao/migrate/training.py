@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .ledger import DEFAULT, Ledger, Wishes
+from .monitors import carry_monitors
 from .rows import carry_steps, carry_warmup
 from .trainer_arguments import LEFT, NEEDLESS
 
@@ -14,7 +15,9 @@ Key = Callable[[str], str]
 """An argument's name → its key in the original's settings, such as ``training_args.max_steps``."""
 
 
-def carry_training_arguments(ledger: Ledger, wishes: Wishes, *, devices: int, key: Key = str) -> None:
+def carry_training_arguments(
+    ledger: Ledger, wishes: Wishes, *, devices: int, key: Key = str, swanlab_mode: str = "swanlab_mode"
+) -> None:
     """Everything that transformers' Trainer takes but its paths: ``train.*`` and what belongs to it.
 
     Args:
@@ -22,6 +25,7 @@ def carry_training_arguments(ledger: Ledger, wishes: Wishes, *, devices: int, ke
         wishes: what the user says.
         devices: on how many the original ran.
         key: where an argument stands in the original's settings.
+        swanlab_mode: the setting that says how SwanLab runs.
     """
     sizes = (key("per_device_train_batch_size"), key("per_gpu_train_batch_size"))
     carry_batch(ledger, sizes, key("gradient_accumulation_steps"), default=8, devices=devices)
@@ -37,6 +41,7 @@ def carry_training_arguments(ledger: Ledger, wishes: Wishes, *, devices: int, ke
     _carry_saving(ledger, key)
     _carry_scoring(ledger, key)
     _carry_precision(ledger, key)
+    carry_monitors(ledger, key("report_to"), swanlab_mode=swanlab_mode)
     if (seed := ledger.whole(key("seed"))) is not None:
         ledger.carry(key("seed"), "train.seed", seed)
     ledger.imply("train.seed", 42, DEFAULT)

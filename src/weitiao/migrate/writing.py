@@ -20,7 +20,10 @@ def recipe_values(ledger: Ledger, name: str) -> dict[str, Any]:
     values: dict[str, Any] = {"name": name}
     for place, line in ledger.lines.items():
         part, _, key = place.partition(".")
-        values.setdefault(part, {})[key] = line.value
+        if key:
+            values.setdefault(part, {})[key] = line.value
+        else:
+            values[part] = line.value
     return values
 
 
@@ -34,9 +37,10 @@ def recipe_text(ledger: Ledger, name: str, *, file: Path, told: str) -> str:
     for part in Recipe.model_fields:
         keys = [place for place in ledger.lines if place.partition(".")[0] == part]
         if keys:
-            lines += ["", f"{part}:"]
+            lines += ["", *([f"{part}:"] if keys != [part] else [])]
             for place in _in_order(keys):
-                lines += _key(place.partition(".")[2], ledger.lines[place].value, _comment(ledger, place))
+                written = _key(place.rpartition(".")[2], ledger.lines[place].value, _comment(ledger, place))
+                lines += written if place != part else [line.removeprefix("  ") for line in written]
     lines += _listed("Could not be carried:", ledger.left)
     lines += _listed("Needs no key:", ledger.needless)
     if ledger.notes:
@@ -67,7 +71,7 @@ def _rank(key: str) -> int:
 def shown(value: Any) -> str:
     """`value` for people: the paths of sources, and everything else as YAML on one line."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return ", ".join(str(source["path"]) for source in value)
+        return ", ".join(str(source.get("path", source.get("name"))) for source in value)
     return _scalar(value)
 
 
