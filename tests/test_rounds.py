@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from made_glm import made_renderer, real_renderer, vocabulary_folder
+from made_glm import LAYOUTS, made_renderer, real_renderer, vocabulary_folder
 from test_conversation import CALL, TALK, TALK_REPLY, TOOL_TALK, WEATHER, learnt_runs, say
 from weitiao.data.formats import row_to_record
 from weitiao.data.records import Record
 from weitiao.errors import RenderError
 from weitiao.generate.constraint import compiler_of
+from weitiao.models.opening import open_renderer
 from weitiao.render.base import Renderer
 from weitiao.render.rounds import RoundsRenderer
 from weitiao.render.spelling import respelled_characters, spelling_note
@@ -143,6 +144,22 @@ def test_what_is_no_round_is_refused(named: GetRenderer) -> None:
 def test_another_models_vocabulary_is_refused(named: GetRenderer) -> None:
     with pytest.raises(RenderError, match=r"no token '<eop>'.*download the model's own tokenizer files"):
         RoundsRenderer(named("chatglm2 made").tokenizer, layout="chatglm")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tokenizer_saved_in_transformers_layout_is_asked_as_the_original(
+    layout: Any, shared_or_skip: Path, tmp_path: Path
+) -> None:
+    renderer = real_renderer(layout, shared_or_skip)
+    renderer.tokenizer.save_pretrained(tmp_path)
+    config = {"model_type": "chatglm" if layout == "chatglm" else "glm"}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(renderer.stop_ids)}))
+    saved = open_renderer(str(tmp_path))
+    for talk in (TALK, TALK[:2]):
+        assert saved.render_prompt(talk) == renderer.render_prompt(talk)
+    assert saved.render_answer("好 b")[:-1] == renderer.render_answer("好 b")[:-1]
+    assert set(saved.stop_ids) == set(renderer.stop_ids)
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------

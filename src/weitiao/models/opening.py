@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import ModelError
 from ..render.base import Renderer
 from ..render.glm import glm_renderer
 from ..render.template import TemplateRenderer
+from . import glm_templates
 from .adapters import load_adapter
 from .families import Family, family_of
 from .glm_tokenizers import glm_tokenizer
@@ -28,6 +29,13 @@ from .sources import fingerprint, first_line, model_folder, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BITS = {"none": None, "int8": 8, "int4": 4}
+_LAYOUTS: dict[str, GlmLayout] = {
+    glm_templates.CHATGLM: "chatglm",
+    glm_templates.CHATGLM2: "chatglm2",
+    glm_templates.CHATGLM3: "chatglm3",
+}
+"""The formats of tokenizers that weitiao made, by the template it gives them; a template cannot write SentencePiece's
+blank before an answer apart from the prompt."""
 _VOCABULARY_FILES = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken", "merges.txt", "spiece*")
 
 
@@ -161,10 +169,10 @@ def resolve_dtype(name: str) -> torch.dtype:
     return DTYPES[native_dtype() if name == "auto" else name]
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, kind: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, padding on the left. Raises ModelError when it cannot be read."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
+        tokenizer = kind.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - tokenizers raise bare Exception on broken files
         raise ModelError(f"The tokenizer in {folder} cannot be loaded: {first_line(error)}.") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -174,8 +182,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _renderer_of(folder: Path, family: Family, config: dict[str, Any]) -> Renderer:
     """The chat format of the model in `folder`."""
     stops = _generation_stop_ids(folder)
-    if family.layout is None:
-        return TemplateRenderer(load_tokenizer(folder), extra_stop_ids=stops)
+    saved = (folder / "tokenizer.json").is_file() and not any(folder.glob("*.model"))
+    if family.layout is None or saved:
+        # ChatGLM-6B's config.json is read as it was made, which AutoTokenizer wonders at
+        tokenizer = load_tokenizer(folder, AutoTokenizer if family.layout is None else PreTrainedTokenizerFast)
+        layout = _LAYOUTS.get(str(tokenizer.chat_template))
+        return glm_renderer(layout, tokenizer, stops) if layout else TemplateRenderer(tokenizer, extra_stop_ids=stops)
     renderer = _glm_renderer(folder, family.layout, stops, _stamp(folder))
     tokenizer = renderer.tokenizer
     size = config.get("padded_vocab_size") or config.get("vocab_size") or 0
