@@ -8,6 +8,7 @@
     ├── RenderError          a conversation that the model's chat format cannot express
     ├── ModelError           a checkpoint that cannot be found, read or used
     ├── RunError             a run directory: exists, is missing a part, cannot be written
+    │   ├── DivergedError    the loss or its gradient is no finite number any more
     │   └── ResumeError      data, recipe or base model changed since the checkpoint
     └── ContractError        a contract broken: another base model, unknown task, other version
 
@@ -71,6 +72,10 @@ class ModelError(WeitiaoError):
 
 class RunError(WeitiaoError):
     """A run directory that cannot be used as asked."""
+
+
+class DivergedError(RunError):
+    """Training has diverged: no step of this run can be learnt from any more."""
 
 
 class ResumeError(RunError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -20,11 +21,14 @@ from .evaluate.slices import count_labels
 from .evaluate.user_metrics import copy_metric_files, load_metrics
 from .models.adapters import adapter_fingerprint
 from .models.opening import OpenModel
+from .monitor.choosing import require_packages
+from .monitor.following import following
+from .monitor.state import require_idle
 from .preparation import Prepared, prepare
 from .recipe import Recipe
 from .runs import RunFolder, write_bytes, write_json, write_text, writing
 from .train.checkpoint import require_same, rust_os_errors
-from .train.loop import Outcome, train
+from .train.loop import OnScore, Outcome, train
 
 _VOLATILE = {
     "train": ("log_every", "keep_checkpoints", "save_every", "price_per_hour", "currency"),
@@ -41,16 +45,20 @@ def tune_model(
     runs: str | Path = "runs",
     console: Console | None = None,
     dataset: Dataset | None = None,
+    on_score: OnScore | None = None,
 ) -> RunFolder:
     """Train as `recipe` says; the run folder ``runs/NAME`` then holds the adapter and its contract.
 
-    `dataset` is what `load_dataset` made of the recipe, where that was read already.
+    `dataset` is what `load_dataset` made of the recipe, where that was read already. `on_score` is told of each scoring
+    of the dev rows and may end the training there.
 
     Raises:
         DataError, ModelError, RunError, ResumeError: before anything is written, or with what was written whole.
         KeyboardInterrupt: Ctrl-C; after the first one the step was finished and saved.
     """
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
+    require_packages(recipe.monitor)
+    require_idle(RunFolder(Path(runs) / recipe.name))
     prepared = prepare(recipe, console=console, dataset=dataset)
     dataset, opened = prepared.dataset, prepared.opened
     reading = describe_sources([(source.path, read_options(source, recipe.data)) for source in recipe.data.train])
@@ -78,25 +86,28 @@ def tune_model(
     copy_metric_files(metrics, run.path)
     if prepared.neighbours is not None:
         write_bytes(run.neighbours, prepared.neighbours.to_bytes())
-    outcome = train(
-        prepared.model,
-        prepared.train_rows.examples,
-        prepared.weights,
-        prepared.dev_rows.examples,
-        settings=recipe.train,
-        run=run,
-        tasks=prepared.train_tasks,
-        dev_tasks=prepared.dev_tasks,
-        on_eval=make_on_eval(recipe, prepared, metrics),
-        scoring_bytes=scoring_bytes(recipe, prepared),
-        console=console,
-    )
-    if not outcome.finished:
-        console.print(f"Saved at step {outcome.step} of {outcome.steps}. Continue with --resume.", soft_wrap=True)
-        raise KeyboardInterrupt
-    with writing(run.adapter), rust_os_errors():
-        opened.tokenizer.save_pretrained(str(run.adapter))
-    _contract(recipe, prepared, run, reading).write(run.contract)
+    with following(recipe, run, resume=resume, say=partial(console.print, soft_wrap=True)) as followers:
+        outcome = train(
+            prepared.model,
+            prepared.train_rows.examples,
+            prepared.weights,
+            prepared.dev_rows.examples,
+            settings=recipe.train,
+            run=run,
+            tasks=prepared.train_tasks,
+            dev_tasks=prepared.dev_tasks,
+            on_eval=make_on_eval(recipe, prepared, metrics),
+            on_score=on_score,
+            scoring_bytes=scoring_bytes(recipe, prepared),
+            followers=followers,
+            console=console,
+        )
+        if not outcome.finished:
+            console.print(f"Saved at step {outcome.step} of {outcome.steps}. Continue with --resume.", soft_wrap=True)
+            raise KeyboardInterrupt
+        with writing(run.adapter), rust_os_errors():
+            opened.tokenizer.save_pretrained(str(run.adapter))
+        _contract(recipe, prepared, run, reading).write(run.contract)
     _say_done(console, run, outcome)
     return run
 

@@ -38,8 +38,14 @@ class Progress:
     best_score: float | None = None
     best_step: int = 0
     scorings_since_best: int = 0
+    last_score: float | None = None
+    """The figure of the last scoring."""
+    ended: str = ""
+    """Why training ended at this step, where who watched its scores ended it."""
     seconds: float = 0.0
     """Time spent training so far, all sittings together."""
+    scoring_seconds: float = 0.0
+    """The same for scoring the dev rows."""
     compiled: bool = False
     window: tuple[float, ...] = ()
     """Losses of the steps since the last log line."""

@@ -23,12 +23,13 @@ from ..data.order import num_steps, step_rows
 from ..models.adapters import base_model, save_adapter
 from ..recipe import Train
 from ..render.base import Example
-from ..runs import RunFolder, write_folder
+from ..runs import RunFolder, Sample, write_folder
 from .batches import make_probe
 from .checkpoint import Progress, list_checkpoints, load_checkpoint, rust_os_errors, save_checkpoint
+from .memory import peak_bytes
 from .model import TrainedModel, check_head
 from .plan import make_plan, will_compile
-from .progress import TrainingDisplay, draw_curve, format_seconds
+from .progress import Follower, TrainingDisplay, draw_curve, format_seconds
 from .step import set_up, step_batches, take_step
 from .task_losses import TaskSums, add_sums, mean_by_task, sum_by_task
 
@@ -41,9 +42,14 @@ class Scoring:
     """The figure that chooses the best checkpoint: higher is better."""
     tasks: dict[str, dict[str, float]]
     """For each task its metrics, the chosen one under ``primary`` as well."""
+    samples: tuple[Sample, ...] = ()
+    """Some of the rows with what the model answered, to look at."""
 
 
 OnEval = Callable[[PreTrainedModel], Scoring]
+OnScore = Callable[[int, int, float], str]
+"""Told of each scoring: its step, the steps of the whole training, the figure that chooses the best checkpoint. Gives
+back why training is to end there, a sentence, or "" for it to go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +76,9 @@ def train(
     tasks: Sequence[str] = (),
     dev_tasks: Sequence[str] = (),
     on_eval: OnEval | None = None,
+    on_score: OnScore | None = None,
     scoring_bytes: int = 0,
+    followers: Sequence[Follower] = (),
     console: Console | None = None,
 ) -> Outcome:
     """Tune the trainable parameters of `model`; on return ``run.adapter`` holds the best adapter.
@@ -87,7 +95,9 @@ def train(
         tasks: for each example, the name its loss is told under; none: the loss of all is told alone.
         dev_tasks: the same for `dev_examples`.
         on_eval: scores the model on the dev rows by generation; without it the dev loss chooses the best step.
+        on_score: told of each scoring; may end the training there.
         scoring_bytes: memory that `on_eval` takes beside the model; for the plan that is shown first.
+        followers: are told of every step, line of metrics, sample and curve.
         console: where progress is shown.
     """
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
@@ -114,8 +124,10 @@ def train(
         for number in range(1, math.ceil(settings.epochs) + 1)
     }
     order = step_rows(weights, batch_size=settings.batch_size, seed=settings.seed, first_step=progress.step)
-    display = TrainingDisplay(run, total_steps=plan.steps, first_step=progress.step, console=console)
-    stopped_early = 0 < settings.patience <= progress.scorings_since_best  # when a stopped run is resumed
+    display = TrainingDisplay(
+        run, total_steps=plan.steps, first_step=progress.step, console=console, followers=followers
+    )
+    stopped_early = _is_to_stop(settings, progress)  # when a stopped run is resumed
     last_step = progress.step if stopped_early else plan.steps
     with display, _interruptible(display) as interrupted:
         for step in range(progress.step + 1, last_step + 1):
@@ -141,21 +153,28 @@ def train(
                     task_losses=mean_by_task(progress.task_window),
                     learning_rate=float(scheduler.get_last_lr()[0]),
                     grad_norm=grad_norm,
+                    seconds=progress.seconds + progress.scoring_seconds,
+                    memory_bytes=peak_bytes(device),
+                    price_per_hour=settings.price_per_hour,
                 )
                 progress = replace(progress, window=(), task_window={})
             ends_epoch = step in epoch_ends
             if _is_due(settings.evaluate_every, step, ends_epoch=ends_epoch, last=last):
                 progress = _score(trained, dev_examples, dev_tasks, on_eval, settings, run, model, progress, display)
-            stopped_early = 0 < settings.patience <= progress.scorings_since_best
+                if on_score is not None and progress.last_score is not None:
+                    progress = replace(progress, ended=on_score(step, plan.steps, progress.last_score))
+            stopped_early = _is_to_stop(settings, progress)
             if _is_due(settings.save_every, step, ends_epoch=ends_epoch, last=last) or interrupted() or stopped_early:
                 save_checkpoint(run, trained, optimiser, scheduler, progress, keep=settings.keep_checkpoints)
             if stopped_early:
-                display.say(f"No better score in {settings.patience} scorings: stopping at step {step}.")
+                why = progress.ended or f"No better score in {settings.patience} scorings: stopping at step {step}."
+                display.say(why)
                 break
             if interrupted() and not last:
                 return _outcome(progress, plan.steps, finished=False)
     _keep_best(run, model, progress)
     draw_curve(run.curve, run.read_metrics())
+    display.drew(progress.step)
     return _outcome(progress, plan.steps, finished=True)
 
 
@@ -167,6 +186,11 @@ def _advance(progress: Progress, step: int, loss: float, task_sums: TaskSums, st
         task_window=add_sums(progress.task_window, task_sums),
         seconds=progress.seconds + time.monotonic() - started,
     )
+
+
+def _is_to_stop(settings: Train, progress: Progress) -> bool:
+    """Whether training ends here before its last step."""
+    return bool(progress.ended) or 0 < settings.patience <= progress.scorings_since_best
 
 
 def _is_due(rhythm: int | str, step: int, *, ends_epoch: bool, last: bool) -> bool:
@@ -195,18 +219,23 @@ def _score(
     if on_eval is not None:
         with trained.generating() as generator:
             scoring = on_eval(generator)
+    progress = replace(progress, last_score=scoring.overall)
     better = progress.best_score is None or scoring.overall > progress.best_score
     if better:
         write_folder(run.best, lambda folder: _save(model, folder))
         progress = replace(progress, best_score=scoring.overall, best_step=progress.step, scorings_since_best=0)
     else:
         progress = replace(progress, scorings_since_best=progress.scorings_since_best + 1)
-    line = {"kind": "dev", "step": progress.step, "loss": loss, "task_losses": task_losses, "scores": scoring.tasks}
-    run.append_metrics(line)
+    dev_figures = {"loss": loss, "task_losses": task_losses, "overall": scoring.overall, "scores": scoring.tasks}
+    display.record({"kind": "dev", "step": progress.step, **dev_figures})
+    if scoring.samples:
+        display.show_samples(progress.step, scoring.samples)
     draw_curve(run.curve, run.read_metrics())
+    display.drew(progress.step)
     figures = "  ".join(f"{name} {scores['primary']:.3f}" for name, scores in scoring.tasks.items())
     seconds = time.monotonic() - started
     display.leave_out(seconds)
+    progress = replace(progress, scoring_seconds=progress.scoring_seconds + seconds)
     mark = "best so far" if better else f"best was step {progress.best_step}"
     display.say(f"dev at step {progress.step}: loss {loss:.4f}  {figures}  ({mark}, {format_seconds(seconds)})")
     return progress

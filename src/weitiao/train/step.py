@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from ..data.order import share_passes
-from ..errors import RunError
+from ..errors import DivergedError
 from ..models.adapters import base_model
 from ..recipe import Train
 from ..render.base import Example
@@ -120,7 +120,7 @@ def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> tuple[
     finite where float16 gradients overflowed: then nothing was learnt, and the loss is scaled by half as much from now.
 
     Raises:
-        RunError: training has diverged.
+        DivergedError: training has diverged.
     """
     trained, accelerator = setup.trained, setup.accelerator
     total = 0.0
@@ -134,7 +134,7 @@ def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> tuple[
     # weights so large that a norm layer's variance is infinite give hidden states of zero: no gradient, ever again
     dead = norm == 0 and total > _DEAD_LOSS
     if not math.isfinite(total) or dead or not (math.isfinite(norm) or _may_lower_scale(accelerator)):
-        raise RunError(
+        raise DivergedError(
             f"The loss is {total} and the gradient's norm {norm}: training has diverged. Lower train.learning_rate "
             f"(now {settings.learning_rate}) and start again under another name, with name=OTHER."
         )
