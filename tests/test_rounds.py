@@ -146,7 +146,7 @@ def test_another_models_vocabulary_is_refused(named: GetRenderer) -> None:
         RoundsRenderer(named("chatglm2 made").tokenizer, layout="chatglm")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
 def test_a_tokenizer_saved_in_transformers_layout_is_asked_as_the_original(
     layout: Any, shared_or_skip: Path, tmp_path: Path
 ) -> None:
