@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from made_glm import LAYOUTS, made_renderer, real_renderer, vocabulary_folder
 from test_conversation import CALL, TALK, TALK_REPLY, TOOL_TALK, WEATHER, learnt_runs, say
+from weitiao.check.examine import check_subject, find_subject
 from weitiao.data.formats import row_to_record
 from weitiao.data.records import Record
 from weitiao.errors import RenderError
@@ -214,6 +217,18 @@ def test_answers_that_are_learnt_in_another_spelling_are_told(named: GetRenderer
     assert "rows.jsonl:2, rows.jsonl:3" in note and "rows.jsonl:1" not in note
     assert spelling_note(records, [task] * 3, named("chatglm2 real")) == ""  # type: ignore[arg-type]
     assert respelled_characters(named("chatglm2 real"), "，（ａ\n\t ") == {}
+
+
+def test_check_names_answers_that_the_models_tokenizer_spells_otherwise(named: GetRenderer, tmp_path: Path) -> None:
+    backend = deepcopy(named("chatglm2 made").tokenizer.backend_tokenizer)
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("，", ","), normalizers.Prepend(" ")])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    rows = [{"context": f"问题{number}", "target": target} for number, target in enumerate(["好，好", "好", "是，"])]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    found = check_subject(find_subject([str(tmp_path / "rows.jsonl"), f"model={tmp_path}"]))
+    (finding,) = [one for one in found.findings if one.code == "tokenizer-spelling"]
+    assert finding.grade == "note" and "writes '，' as ','" in finding.message
+    assert [source.rpartition(":")[2] for source in finding.sources] == ["1", "3"]
 
 
 # ---- answers that are held to a grammar ------------------------------------------------------------------------------

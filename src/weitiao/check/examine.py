@@ -32,6 +32,7 @@ from ..tasks.answers import AnswerWatch
 from ..tasks.base import Task, infer_tasks
 from .checkup import Checkup, Excerpt, FileCheck, LengthLimit, Side, excerpt
 from .plan import Plan, TrainTokens
+from .spelling import SpellingWatch
 from .token_counts import TokenCounter, open_counter
 
 MAX_KEPT = 50_000
@@ -164,6 +165,7 @@ class _Examination:
         self._waiting_weights: list[float] = []
         self._train_tokens = TrainTokens()
         self._places: list[str] = []
+        self._spelling = SpellingWatch(counter.tokenizer if counter else None)
 
     def run(self) -> Checkup:
         files = self._read()
@@ -181,7 +183,13 @@ class _Examination:
             if len(samples[name]) < SAMPLES_PER_TASK:
                 samples[name].append(excerpt(record, name))
         self._flush()
-        found = [*self._doctor.finish(), *answers.finish(), *self._too_long(), *self._unread()]
+        found = [
+            *self._doctor.finish(),
+            *answers.finish(),
+            *self._spelling.finish(),
+            *self._too_long(),
+            *self._unread(),
+        ]
         findings = tuple(by_grade(self._softened(found)))
         example = self._lengths.describe() if self._counter else None
         return Checkup(
@@ -288,6 +296,7 @@ class _Examination:
         answer = record.target
         text = answer if isinstance(answer, str) else task.form.style.dumps(answer) if task else repr(answer)
         self._places.append(record.source)
+        self._spelling.add(record.source, text)
         if self._counter is None:
             self._lengths.add(sum(len(message.text) for message in record.messages) + len(text))
             return
