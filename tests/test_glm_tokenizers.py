@@ -7,7 +7,6 @@ tokens; ChatGLM-6B made the 4-D mask and two rows of positions, which the model 
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from weitiao.errors import ModelError
+from weitiao.generate.constraint import compiler_of
 from weitiao.models.glm_tokenizers import glm_tokenizer
 from weitiao.models.layouts import GlmLayout
+from weitiao.render.glm import glm_renderer
 
 TOKENIZERS = Path(__file__).parents[2] / "shared" / "golden" / "tokenizers"
 FOLDERS: dict[GlmLayout, str] = {
@@ -100,14 +101,26 @@ def test_control_tokens_have_their_names_and_ids(layout: GlmLayout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_text_spells_a_control_token_when_texts_are_mere_text(layout: GlmLayout) -> None:
-    backend = deepcopy(tokenizer_of(layout).backend_tokenizer)
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    control = tokenizer_of(layout).added_tokens_decoder
+    tokenizer = tokenizer_of(layout)
+    control = tokenizer.added_tokens_decoder
     for token in control.values():
         for text in (token.content, f"a{token.content}b", f"▁{token.content} ", f"\n▁▁{token.content}"):
-            ids = backend.encode(text, add_special_tokens=False).ids
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             assert not set(ids) & set(control), text
+            assert ids == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids  # as renderers do
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_spell_their_bytes_for_grammars(layout: GlmLayout) -> None:
+    tokenizer = tokenizer_of(layout)
+    compiler = compiler_of(glm_renderer(layout, tokenizer), len(tokenizer))
+    blank = "" if layout == "glm4" else " "  # SentencePiece's own, before every text
+    for name, case in golden(layout)["texts"].items():
+        if case["ids_no_special"] and (layout, name) != ("glm4", "special_in_text"):
+            assert compiler.text_bytes(case["ids_no_special"]).decode() == blank + case["decode_no_special"], name
+    for name, token in golden(layout)["info"]["special"].items():
+        pieces = {"<n>": "\n", "<|tab|>": "\t", "<|blank_2|>": " " * 2, "<|blank_80|>": " " * 80}
+        assert compiler.text_bytes([token]).decode() == pieces.get(name, ""), name
 
 
 def test_blanks_around_a_control_token_in_a_text_go_as_in_the_original() -> None:

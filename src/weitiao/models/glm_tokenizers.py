@@ -8,9 +8,15 @@ Everything that the originals do in Python is written into the tokenizer itself,
 
 Which texts become control tokens is as in the originals. Called on a text, ChatGLM-6B's tokenizer reads ``<sop>``,
 ``<eop>``, ``<unk>``, ``<pad>`` and ``[MASK]`` as control tokens, GLM-4's reads all of its own, those of ChatGLM2 and
-ChatGLM3 none. Chat templates need them all the same: they write ``▁`` (U+2581, SentencePiece's own sign for a blank)
-directly before a token, and that is read. With ``tokenizer.backend_tokenizer.encode_special_tokens = True`` nothing is
-read as a control token, and every text has the ids that the original's vocabulary gives it.
+ChatGLM3 none, but for a text that is one and nothing else. Chat templates need them all the same: they write ``▁``
+(U+2581, SentencePiece's own sign for a blank) directly before a token, and that is read. ChatGLM-6B's [gMASK] is
+therefore named ``▁[gMASK]`` in its vocabulary. With ``tokenizer.backend_tokenizer.encode_special_tokens = True``, or
+called with ``split_special_tokens=True``, nothing is read as a control token, and every text has the ids that the
+original's vocabulary gives it.
+
+The one difference: where two ways to cut a text are equally good (-- - and - -- for three dashes), or nearly so after
+thousands of tokens, ChatGLM-6B's SentencePiece decides by what float32 makes of the sum of all scores before. Here sums
+are exact, and of equals the first is taken.
 """
 
 from __future__ import annotations
@@ -126,7 +132,7 @@ def chatglm_tokenizer(vocabulary: SentencePieceModel, *, max_length: int) -> Pre
             normalizers.Replace("\n", "<n>"),
             normalizers.Replace("\t", "<|tab|>"),
             *(normalizers.Replace(" " * k, f"<|blank_{k}|>") for k in reversed(blanks)),
-            *normalizer_steps(vocabulary.charsmap, kept=user_defined),
+            *_rules(vocabulary.charsmap, kept=user_defined),
             normalizers.Replace(Regex(" {2,}"), " "),
             normalizers.Replace(Regex(r"\A +"), ""),
             normalizers.Prepend(" "),
@@ -154,6 +160,16 @@ def chatglm_tokenizer(vocabulary: SentencePieceModel, *, max_length: int) -> Pre
     return _fast_tokenizer(
         backend, max_length=max_length, chat_template=glm_templates.CHATGLM, named=named, others=[_spelt(_GMASK)]
     )
+
+
+def _rules(charsmap: bytes, *, kept: Sequence[str]) -> list[normalizers.Normalizer]:
+    try:
+        return normalizer_steps(charsmap, kept=kept)
+    except ValueError as error:
+        raise ModelError(
+            f"The rules by which this vocabulary normalises texts cannot be used: {error}. "
+            "Take the ice_text.model of the original checkpoint."
+        ) from None
 
 
 def _spelt(token: str) -> AddedToken:
