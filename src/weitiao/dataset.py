@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .cache import cache_folder
-from .data.mixture import Mixture, SourceRows, hold_out, read_mixture
+from .data.mixture import Mixture, SourceRows, choose_share, hold_out, read_mixture
 from .data.options import ReadOptions
 from .data.record_store import select_rows
 from .data.records import Record, digest_records
@@ -72,12 +72,20 @@ def load_dataset(recipe: Recipe) -> Dataset:
         mixture = read_mixture(
             [_source_rows(source, data) for source in data.train],
             [_source_rows(source, data) for source in data.dev],
-            seed=recipe.train.seed,
+            seed=recipe.rows_seed,
             folder=cache_folder() / "rows",
             workers=workers,
         )
         held_out = 0 if data.dev else data.held_out
-        return understand(mixture, recipe.tasks, held_out=held_out, seed=recipe.train.seed, workers=workers)
+        return understand(
+            mixture,
+            recipe.tasks,
+            held_out=held_out,
+            seed=recipe.rows_seed,
+            share=data.share,
+            share_seed=recipe.train.seed,
+            workers=workers,
+        )
 
 
 @contextmanager
@@ -114,9 +122,13 @@ def understand(
     *,
     held_out: float = 0,
     seed: int = 0,
+    share: float = 1.0,
+    share_seed: int = 0,
     workers: Workers | None = None,
 ) -> Dataset:
     """Find the tasks of the rows, set `held_out` of the train rows apart, and check every row; many rows in `workers`.
+
+    Of the train rows that are left only `share` are learnt, chosen by `share_seed`.
 
     Raises DataError as `load_dataset`.
     """
@@ -133,11 +145,18 @@ def understand(
         raise DataError(f"{bad} of {num_rows} rows cannot be trained on as they are.", sorted(problems, key=_place))
     apart = hold_out(mixture.train, review.strata(num_train), share=held_out, seed=seed)
     kept = [place for place in range(num_train) if place not in apart] if apart else range(num_train)
+    share_notes = []
+    if share < 1:
+        strata = review.strata(num_train)
+        learnable = list(kept)
+        chosen = choose_share([strata[place] for place in learnable], share=share, seed=share_seed)
+        kept = [learnable[place] for place in chosen]
+        share_notes = [f"{len(kept):,} of {len(learnable):,} train rows are learnt (data.share: {share:g})."]
     train = select_rows(mixture.train, kept)
     held = select_rows(mixture.train, sorted(apart)) if apart else ()
     dev = (*mixture.dev, *held) if mixture.dev and held else mixture.dev or held
     in_dev = (*range(num_train, num_rows), *sorted(apart))
-    digests = (digest_records(train), digest_records(dev)) if apart else review.digests
+    digests = (digest_records(train), digest_records(dev)) if apart or share < 1 else review.digests
     return Dataset(
         train=train,
         weights=tuple(mixture.weights[place] for place in kept),
@@ -145,7 +164,7 @@ def understand(
         tasks=tasks,
         train_tasks=tuple(map(review.task, kept)),
         dev_tasks=tuple(map(review.task, in_dev)),
-        notes=(*mixture.left_out, *review.notes(frozenset(in_dev))),
+        notes=(*mixture.left_out, *share_notes, *review.notes(frozenset(in_dev))),
         fingerprint=hashlib.sha256("/".join(digests).encode()).hexdigest(),
         train_as_written=bytes(map(review.as_written.__getitem__, kept)),
         dev_as_written=bytes(map(review.as_written.__getitem__, in_dev)),

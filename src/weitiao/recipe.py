@@ -93,6 +93,16 @@ class Data(Part):
     held_out: float = Field(
         0.1, ge=0, lt=1, description="Share of the train rows kept apart for scoring when no dev files are given."
     )
+    seed: int | None = Field(
+        None, ge=0, description="Seed of which rows are held out and which stay under a limit. Left out: train.seed."
+    )
+    share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Learn from this share of the train rows only, of each task and label alike, chosen by train.seed; a "
+        "smaller share lies within a larger one. The dev rows stay the same.",
+    )
     turns: Literal["flagged", "all", "last"] = Field(
         "flagged",
         description="Which replies of a conversation are learnt: all but those whose own flag says no (loss, weight), "
@@ -305,6 +315,11 @@ class Recipe(Part):
         "with options.",
     )
 
+    @property
+    def rows_seed(self) -> int:
+        """The seed of which rows are held out and which stay under a limit."""
+        return self.train.seed if self.data.seed is None else self.data.seed
+
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that `load_recipe` reads back equal."""
         return yaml.safe_dump(self.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
@@ -326,7 +341,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error}.") from None
     try:
-        values = _read_yaml(text)
+        values = read_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"The recipe {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
@@ -379,7 +394,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> Any:
+    """What the YAML in `text` says, no key twice. Raises yaml.YAMLError."""
     loader = _StrictLoader(text)
     try:
         return loader.get_single_data()
@@ -407,7 +423,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         place[key] = inner if isinstance(inner, dict | list) else {}
         place = place[key]
     try:
-        place[_key_in(place, last, override)] = _read_yaml(text)
+        place[_key_in(place, last, override)] = read_yaml(text)
     except yaml.YAMLError:
         raise RecipeError(f"The value of the override {override!r} is not YAML.") from None
 

@@ -111,6 +111,30 @@ def choose_rows(count: int, limit: int, *, seed: int, path: str) -> list[int]:
     return sorted(random.Random(f"limit/{seed}/{path}").sample(range(count), min(limit, count)))
 
 
+def choose_share(strata: Sequence[str], *, share: float, seed: int) -> list[int]:
+    """The places of about `share` of the rows, in order, the same share of every stratum; at least one row.
+
+    Systematic sampling: the rows of a stratum, shuffled, stand evenly spread between 0 and 1 with a start drawn by
+    chance, and the lowest of all rows are taken. So a smaller share lies within a larger one of the same seed.
+
+    Args:
+        strata: for each row, the kind it belongs to: its task and label.
+        share: between 0 and 1.
+        seed: of the choice.
+    """
+    rng = random.Random(f"share/{seed}")
+    members: dict[str, list[int]] = {}
+    for place, kind in enumerate(strata):
+        members.setdefault(kind, []).append(place)
+    height: dict[int, float] = {}
+    for places in members.values():
+        start = rng.random()
+        rng.shuffle(places)
+        height.update({place: (number + start) / len(places) for number, place in enumerate(places)})
+    lowest = sorted(height, key=lambda place: (height[place], place))
+    return sorted(lowest[: max(1, round(share * len(strata)))])
+
+
 def hold_out(records: Sequence[Record], strata: Sequence[str], *, share: float, seed: int) -> frozenset[int]:
     """The places of about `share` of `records`, the same share of every stratum; never all of one with several rows.
 
