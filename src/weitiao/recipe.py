@@ -10,10 +10,38 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from .errors import RecipeError
+from .recipe_methods import (
+    IA3 as IA3,
+)
+from .recipe_methods import (
+    AnyMethod as AnyMethod,
+)
+from .recipe_methods import (
+    Freeze as Freeze,
+)
+from .recipe_methods import (
+    Full as Full,
+)
+from .recipe_methods import (
+    Lora as Lora,
+)
+from .recipe_methods import (
+    Method,
+    learning_rate_of,
+)
+from .recipe_methods import (
+    PromptTuning as PromptTuning,
+)
+from .recipe_methods import (
+    PTuning as PTuning,
+)
+from .recipe_methods import (
+    PTuningV1 as PTuningV1,
+)
 from .recipe_monitor import Monitors
 from .recipe_part import Part
 from .recipe_problems import complaints
@@ -170,49 +198,17 @@ class DeclaredTask(Part):
     wordings: tuple[str, ...] = Field((), description="Questions by which rows of this task are recognised.")
 
 
-class Lora(Part):
-    """LoRA: low-rank updates beside frozen weights (Hu et al. 2021)."""
-
-    name: Literal["lora"] = "lora"
-    rank: int = Field(16, ge=1, description="Rank of the update.")
-    alpha: int = Field(32, ge=1, description="Scale of the update: alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    targets: str | tuple[str, ...] = Field(
-        "all-linear", description="Layers that get an update: all-linear, or names such as [q_proj, v_proj]."
-    )
-    rslora: bool = Field(
-        False, description="Scale by alpha / sqrt(rank), so that large ranks learn as fast (Kalajdzievski 2023)."
-    )
-    dora: bool = Field(
-        False, description="Learn each matrix's direction by LoRA and its magnitudes apart (Liu et al. 2024); slower."
-    )
-
-
-class PTuning(Part):
-    """P-Tuning v2: learnt keys and values before every row, in every layer (Liu et al. 2021)."""
-
-    name: Literal["ptuning_v2"] = "ptuning_v2"
-    num_virtual_tokens: int = Field(128, ge=1, description="Length of the learnt prefix (pre_seq_len).")
-    projection: bool = Field(
-        False, description="Learn the prefix through a two-layer network (prefix_projection) instead of directly."
-    )
-    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the prefix while training.")
-
-
-def _as_method(value: Any) -> Any:
-    return {"name": "lora", **value} if isinstance(value, Mapping) else value
-
-
-Method = Annotated[Annotated[Lora | PTuning, Field(discriminator="name")], BeforeValidator(_as_method)]
-
-
 class Train(Part):
     """How to learn."""
 
     epochs: float = Field(3, gt=0, description="Passes over the rows.")
     batch_size: int = Field(8, ge=1, description="Rows per optimiser step.")
     tokens_per_pass: int = Field(1536, ge=16, description="Tokens per forward pass: lower it when memory runs out.")
-    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(
+        5e-4,
+        gt=0,
+        description="Peak learning rate. Left out, it is what suits the method: 5e-4 for LoRA, see docs/methods.md.",
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="How the learning rate falls.")
     warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW decay of matrices; biases and norms never decay.")
@@ -319,6 +315,18 @@ class Recipe(Part):
     def rows_seed(self) -> int:
         """The seed of which rows are held out and which stay under a limit."""
         return self.train.seed if self.data.seed is None else self.data.seed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _learning_rate_by_method(cls, values: Any) -> Any:
+        """Fill in the learning rate that suits the method, where the recipe says none."""
+        rate = learning_rate_of(values.get("method")) if isinstance(values, Mapping) else None
+        train = values.get("train", {}) if rate is not None else None
+        if isinstance(train, Mapping) and "learning_rate" not in train:
+            return {**values, "train": {**train, "learning_rate": rate}}
+        if isinstance(train, Train) and "learning_rate" not in train.model_fields_set:
+            return {**values, "train": train.model_copy(update={"learning_rate": rate})}
+        return values
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that `load_recipe` reads back equal."""
