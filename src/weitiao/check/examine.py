@@ -165,7 +165,7 @@ class _Examination:
         self._waiting_weights: list[float] = []
         self._train_tokens = TrainTokens()
         self._places: list[str] = []
-        self._spelling = SpellingWatch(counter.tokenizer if counter else None)
+        self._spelling = SpellingWatch(counter)
 
     def run(self) -> Checkup:
         files = self._read()

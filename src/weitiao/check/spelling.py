@@ -7,12 +7,9 @@ Such answers are learnt, and later given, in the tokenizer's spelling. Training 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ..data.findings import Finding, count_of
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from .token_counts import TokenCounter
 
 _AROUND = "a"
 _MOST_SHOWN = 8
@@ -21,16 +18,17 @@ _MOST_SHOWN = 8
 class SpellingWatch:
     """Looks at every character of the answers once."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, counter: TokenCounter | None) -> None:
         """Watches nothing without a tokenizer, or with one that reads no text back as it was."""
-        self._tokenizer = tokenizer if tokenizer is not None and self._reads_back(tokenizer) else None
+        plain = _AROUND * 2
+        self._counter = counter if counter is not None and _read_back(counter, plain) == plain else None
         self._seen: set[str] = set()
         self._changed: dict[str, str] = {}
         self._sources: list[str] = []
 
     def add(self, source: str, answer: str) -> None:
         """Look at the answer of the row `source`."""
-        if self._tokenizer is None:
+        if self._counter is None:
             return
         characters = set(answer)
         new = characters - self._seen
@@ -39,7 +37,7 @@ class SpellingWatch:
             if "\ud800" <= character <= "\udfff":  # half a character, which is found elsewhere
                 continue
             text = f"{_AROUND}{character}{_AROUND}"
-            read = self._read(self._tokenizer, text)
+            read = _read_back(self._counter, text)
             if read != text:
                 self._changed[character] = read.removeprefix(_AROUND).removesuffix(_AROUND)
         if not characters.isdisjoint(self._changed):
@@ -61,10 +59,7 @@ class SpellingWatch:
                 fix="Write the labels in the tokenizer's spelling, or nothing, if the difference does not matter.",
             )
 
-    @staticmethod
-    def _read(tokenizer: Tokenizer, text: str) -> str:
-        return str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False))
 
-    @classmethod
-    def _reads_back(cls, tokenizer: Tokenizer) -> bool:
-        return cls._read(tokenizer, _AROUND * 2) == _AROUND * 2
+def _read_back(counter: TokenCounter, text: str) -> str:
+    ids = counter.tokenizer.encode(text, add_special_tokens=False).ids
+    return str(counter.tokenizer.decode(ids, skip_special_tokens=False))
