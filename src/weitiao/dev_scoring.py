@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel
@@ -9,13 +10,18 @@ from transformers import PreTrainedModel
 from .decoding import sampling_of
 from .evaluate.best import choose_figure
 from .evaluate.predict import Answerer, as_prediction, read_reply
+from .evaluate.prediction import Prediction
 from .evaluate.score import score_side
 from .evaluate.user_metrics import UserMetric, measure_rows
 from .generate.engine import cache_bytes
 from .models.adapters import base_model
 from .preparation import Prepared
 from .recipe import Recipe
+from .runs import Sample
 from .train.loop import OnEval, Scoring
+
+_SAMPLES_PER_TASK = 3
+"""Enough to see what changes from scoring to scoring; the report of an evaluation shows all rows."""
 
 
 def scoring_bytes(recipe: Recipe, prepared: Prepared) -> int:
@@ -62,6 +68,20 @@ def make_on_eval(recipe: Recipe, prepared: Prepared, metrics: Sequence[UserMetri
         return Scoring(
             overall=choose_figure(scored, recipe.evaluate.best_by),
             tasks={score.task: {"primary": score.metrics[score.primary], **score.metrics} for score in scored},
+            samples=samples_of(predictions),
         )
 
     return on_eval
+
+
+def samples_of(predictions: Sequence[Prediction], per_task: int = _SAMPLES_PER_TASK) -> tuple[Sample, ...]:
+    """The first `per_task` predictions of each task, to look at: the same rows at every scoring."""
+    taken: Counter[str] = Counter()
+    samples = []
+    for one in predictions:
+        taken[one.task] += 1
+        if taken[one.task] <= per_task:
+            samples.append(
+                Sample(task=one.task, source=one.source, question=one.prompt, gold=one.gold, answer=one.answer)
+            )
+    return tuple(samples)

@@ -8,6 +8,9 @@ runs/NAME/
 ├── metric_files/       copies of the user's own metrics, never run from here
 ├── neighbours.jsonl    the train rows shown as examples, where the recipe says so
 ├── metrics.jsonl       one line per log, one per scoring
+├── samples.jsonl       some dev rows with their answers, one line per scoring
+├── state.json          which process trains the run, how far it is, how it ended
+├── monitors.json       by what monitors know the run again
 ├── curve.png           loss and scores
 ├── checkpoints/        step-000123/ …, everything needed to go on
 ├── best/               the adapter with the best dev score so far
@@ -24,11 +27,26 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import RunError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What a run's model answered to one dev row while it was trained."""
+
+    task: str
+    source: str
+    """Where the row came from, such as ``dev.jsonl:37``."""
+    question: str
+    """The input as the model was asked it."""
+    gold: str
+    """The labelled answer as the model was trained to write it."""
+    answer: str
 
 
 class RunFolder:
@@ -48,6 +66,9 @@ class RunFolder:
         self.evaluations = self.path / "evaluations"
         self.label_counts = self.path / "label_counts.json"
         self.neighbours = self.path / "neighbours.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.state = self.path / "state.json"
+        self.monitors = self.path / "monitors.json"
 
     @classmethod
     def create(cls, path: str | Path, *, resume: bool) -> RunFolder:
@@ -85,23 +106,47 @@ class RunFolder:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
-        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        _append_line(self.metrics, line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line cut by a crash is left out."""
-        if not self.metrics.exists():
-            return []
-        lines = []
-        for line in self.metrics.read_bytes().split(b"\n"):  # bytes: a crash may cut a character in two
-            with contextlib.suppress(ValueError):  # only the last line can be cut, and resuming writes the others anew
-                lines.append(json.loads(line))
-        return lines
+        return _read_lines(self.metrics)
+
+    def append_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Add to samples.jsonl what the model answers at `step`."""
+        _append_line(self.samples, {"step": step, "samples": [asdict(sample) for sample in samples]})
+
+    def read_samples(self) -> list[tuple[int, tuple[Sample, ...]]]:
+        """What samples.jsonl holds, by step; a last line cut by a crash is left out."""
+        lines = _read_lines(self.samples)
+        return [(line["step"], tuple(Sample(**sample) for sample in line["samples"])) for line in lines]
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop the metrics after `step`: a resumed run measures them again."""
-        kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.read_metrics() if line["step"] <= step]
-        write_text(self.metrics, "".join(kept))
+        """Drop the metrics and samples after `step`: a resumed run measures them again."""
+        for file in (self.metrics, self.samples):
+            if file == self.metrics or file.exists():
+                kept = [_as_line(line) for line in _read_lines(file) if line["step"] <= step]
+                write_text(file, "".join(kept))
+
+
+def _as_line(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _append_line(path: Path, value: Mapping[str, Any]) -> None:
+    # a lone surrogate in a row's text cannot be UTF-8; as its escape it is JSON and reads back equal
+    with writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(_as_line(value))
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_bytes().split(b"\n"):  # bytes: a crash may cut a character in two
+        with contextlib.suppress(ValueError):  # only the last line can be cut, and resuming writes the others anew
+            lines.append(json.loads(line))
+    return lines
 
 
 @contextlib.contextmanager

@@ -8,21 +8,49 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from ..runs import RunFolder, write_bytes
+from ..runs import RunFolder, Sample, write_bytes
+
+
+class Follower(Protocol):
+    """What may look on while a run trains, such as a monitor; nothing that it does changes the training."""
+
+    def begin(self, step: int, steps: int) -> None:
+        """Training begins behind `step`; it is to take `steps` in all."""
+
+    def advance(self, step: int) -> None:
+        """One optimiser step is done."""
+
+    def record(self, line: Mapping[str, Any]) -> None:
+        """A line was added to metrics.jsonl."""
+
+    def show_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Dev rows were answered."""
+
+    def drew(self, step: int, path: Path) -> None:
+        """The curve was drawn anew."""
 
 
 class TrainingDisplay:
     """A progress bar with loss, speed and ETA, and one log line per `log_every` steps that stays on the screen."""
 
-    def __init__(self, run: RunFolder, *, total_steps: int, first_step: int, console: Console) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        *,
+        total_steps: int,
+        first_step: int,
+        console: Console,
+        followers: Sequence[Follower] = (),
+    ) -> None:
         self._run, self._total, self._console = run, total_steps, console
         self._first, self._started = first_step, time.monotonic()
         self._tokens = 0
+        self._followers = followers
         self._paused = 0.0
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -36,6 +64,8 @@ class TrainingDisplay:
 
     def __enter__(self) -> TrainingDisplay:
         self._bar.start()
+        for follower in self._followers:
+            follower.begin(self._first, self._total)
         return self
 
     def __exit__(
@@ -55,6 +85,25 @@ class TrainingDisplay:
         """One optimiser step is done."""
         self._tokens += num_tokens
         self._bar.update(self._task, completed=step, status=f"step {step}/{self._total}  ETA {self._eta(step)}")
+        for follower in self._followers:
+            follower.advance(step)
+
+    def record(self, line: Mapping[str, Any]) -> None:
+        """Add `line` to metrics.jsonl and tell the followers of it."""
+        self._run.append_metrics(dict(line))
+        for follower in self._followers:
+            follower.record(line)
+
+    def show_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Add `samples` to samples.jsonl and tell the followers of them."""
+        self._run.append_samples(step, samples)
+        for follower in self._followers:
+            follower.show_samples(step, samples)
+
+    def drew(self, step: int) -> None:
+        """Tell the followers that the run's curve was drawn anew."""
+        for follower in self._followers:
+            follower.drew(step, self._run.curve)
 
     def log(
         self,
@@ -65,8 +114,23 @@ class TrainingDisplay:
         task_losses: Mapping[str, float],
         learning_rate: float,
         grad_norm: float,
+        seconds: float,
+        memory_bytes: int,
+        price_per_hour: float | None = None,
     ) -> None:
-        """Print and store the log line; `loss` is the mean since the last one, and so is that of each task."""
+        """Print and store the log line.
+
+        Args:
+            step: optimiser steps done.
+            epoch: passes over the rows done.
+            loss: the mean since the last line.
+            task_losses: the same for each task.
+            learning_rate: of the last step.
+            grad_norm: of the last step.
+            seconds: time spent on the run so far, scoring included.
+            memory_bytes: the most that this process has taken so far.
+            price_per_hour: what an hour costs; the line then tells the price so far.
+        """
         line: dict[str, Any] = {
             "kind": "train",
             "step": step,
@@ -76,8 +140,12 @@ class TrainingDisplay:
             "learning_rate": learning_rate,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # float16 gradients may overflow
             "tokens_per_second": round(self._tokens / max(self._elapsed(), 1e-9), 1),
+            "seconds": round(seconds, 3),
+            "memory_bytes": memory_bytes,
         }
-        self._run.append_metrics(line)
+        if price_per_hour is not None:
+            line["price"] = seconds / 3600 * price_per_hour
+        self.record(line)
         parts = "  ".join(f"{task} {value:.3f}" for task, value in task_losses.items())
         self.say(
             f"step {step}/{self._total} ({step / self._total:.0%})  epoch {epoch:.2f}  loss {loss:.4f}  "
