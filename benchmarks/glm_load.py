@@ -135,7 +135,7 @@ def _random(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def measure(folder: Path, dtype: str, bits: int | None) -> dict[str, float]:
     """Open the checkpoint in `folder` in this process; what it took."""
-    from weitiao.models.original import open_original
+    from weitiao.models.glm.original import open_original
 
     before = _memory()
     start = time.perf_counter()

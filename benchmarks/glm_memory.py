@@ -52,9 +52,9 @@ from machine import describe_machine
 from torch import nn
 from transformers import GlmForCausalLM, PreTrainedModel
 
-from weitiao.models.chatglm import ChatGlmForCausalLM
-from weitiao.models.chatglm_config import ChatGlmConfig
-from weitiao.models.glm_config import glm_config
+from weitiao.models.glm.chatglm import ChatGlmForCausalLM
+from weitiao.models.glm.chatglm_config import ChatGlmConfig
+from weitiao.models.glm.config import glm_config
 from weitiao.models.quantized import QuantizedLinear, quantize_model, use_quantized_layers
 from weitiao.recipe import Lora, PTuning, Train
 from weitiao.render.base import Example

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from weitiao.models.original import open_original, original_name_map
+from weitiao.models.glm.original import open_original, original_name_map
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 NATIVE = ("chatglm2", "chatglm3", "chatglm3_32k", "glm4", "glm4_rope1")

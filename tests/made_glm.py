@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conftest import CORPUS
-from weitiao.models.glm_tokenizers import glm_tokenizer
-from weitiao.models.layouts import GlmLayout
+from weitiao.models.glm.layouts import GlmLayout
+from weitiao.models.glm.tokenizers import glm_tokenizer
 from weitiao.render.glm import glm_renderer
 
 LAYOUTS: tuple[GlmLayout, ...] = ("chatglm", "chatglm2", "chatglm3", "glm4")

@@ -21,8 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from weitiao.models.chatglm import ChatGlmForCausalLM
-from weitiao.models.chatglm_config import ChatGlmConfig
+from weitiao.models.glm.chatglm import ChatGlmForCausalLM
+from weitiao.models.glm.chatglm_config import ChatGlmConfig
 from weitiao.models.ptuning import attach_prefix
 
 VOCABULARY = 96

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from weitiao.models.chatglm import ChatGlmForCausalLM
-from weitiao.models.chatglm_config import ChatGlmConfig
-from weitiao.models.chatglm_positions import inverse_frequencies, rotation
+from weitiao.models.glm.chatglm import ChatGlmForCausalLM
+from weitiao.models.glm.chatglm_config import ChatGlmConfig
+from weitiao.models.glm.chatglm_positions import inverse_frequencies, rotation
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden fixtures are not beside this checkout")
@@ -110,7 +110,7 @@ def test_long_rows_and_tiny_embeddings_give_the_logits_of_the_released_code(
     logits = model(case["long/input_ids"]).logits
     assert off(logits[:, -8:], case["long/logits_last8"]) < LOGITS
     assert off(logits[:, :4], case["long/logits_first4"]) < LOGITS
-    exact = "weitiao.models.chatglm_positions.inverse_frequencies"
+    exact = "weitiao.models.glm.chatglm_positions.inverse_frequencies"
     monkeypatch.setattr(exact, lambda dim: tuple(10_000 ** (-2 * pair / dim) for pair in range(dim // 2)))
     unrounded = model(case["long/input_ids"]).logits
     assert off(unrounded[:, -8:], case["long/logits_last8"]) > 10 * LOGITS, "these rows cannot tell the rounding"

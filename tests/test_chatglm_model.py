@@ -18,8 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, modeling_flash_attention_utils
 
 from weitiao.errors import ModelError
-from weitiao.models.chatglm import ChatGlmForCausalLM
-from weitiao.models.chatglm_config import ChatGlmConfig
+from weitiao.models.glm.chatglm import ChatGlmForCausalLM
+from weitiao.models.glm.chatglm_config import ChatGlmConfig
 from weitiao.models.prefix_lm import row_prefix
 
 PAD, MASK, GMASK, SOP, EOP = 3, 90, 91, 94, 95

@@ -34,9 +34,9 @@ from weitiao.export import export_run
 from weitiao.messages import Message
 from weitiao.models import opening
 from weitiao.models.adapters import adapter_fingerprint, save_adapter
-from weitiao.models.layouts import GlmLayout
+from weitiao.models.glm.layouts import GlmLayout
+from weitiao.models.glm.original import read_prefix
 from weitiao.models.opening import open_model
-from weitiao.models.original import read_prefix
 from weitiao.recipe import Lora, PTuning
 from weitiao.runs import RunFolder
 from weitiao.tuning.methods import add_adapter

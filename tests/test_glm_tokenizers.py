@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from weitiao.errors import ModelError
 from weitiao.generate.constraint import compiler_of
-from weitiao.models.glm_tokenizers import glm_tokenizer
-from weitiao.models.layouts import GlmLayout
+from weitiao.models.glm.layouts import GlmLayout
+from weitiao.models.glm.tokenizers import glm_tokenizer
 from weitiao.render.glm import glm_renderer
 
 TOKENIZERS = Path(__file__).parents[2] / "shared" / "golden" / "tokenizers"

@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerFast
 from conftest import CORPUS
 from random_texts import random_texts
 from weitiao.errors import ModelError
-from weitiao.models.charsmap import normalizer_steps, read_rules
-from weitiao.models.glm_tokenizers import chatglm2_tokenizer, chatglm_tokenizer, glm_tokenizer
-from weitiao.models.sentencepiece_file import PieceType, read_sentencepiece
-from weitiao.models.tiktoken_file import as_byte_level, read_tiktoken
+from weitiao.models.glm.charsmap import normalizer_steps, read_rules
+from weitiao.models.glm.sentencepiece_file import PieceType, read_sentencepiece
+from weitiao.models.glm.tiktoken_file import as_byte_level, read_tiktoken
+from weitiao.models.glm.tokenizers import chatglm2_tokenizer, chatglm_tokenizer, glm_tokenizer
 
 TOKENIZERS = Path(__file__).parents[2] / "shared" / "golden" / "tokenizers"
 GLM4_PATTERN = (  # of GLM-4's own tokenization code

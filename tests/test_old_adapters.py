@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from glm_checkpoints import make_config, make_weights, opened, write_checkpoint
 from weitiao.errors import ModelError
 from weitiao.models.adapters import load_adapter
-from weitiao.models.chatglm import ChatGlmForCausalLM
-from weitiao.models.chatglm_config import ChatGlmConfig
+from weitiao.models.glm.chatglm import ChatGlmForCausalLM
+from weitiao.models.glm.chatglm_config import ChatGlmConfig
+from weitiao.models.glm.old_adapters import load_old_adapter, save_old_adapter
 from weitiao.models.lora_layers import LoraLinear, ignoring_peft_warnings, use_lean_layers
-from weitiao.models.old_adapters import load_old_adapter, save_old_adapter
 from weitiao.models.quantized import quantize_model
 
 RANK, ALPHA = 3, 12

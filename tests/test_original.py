@@ -27,8 +27,8 @@ from glm_checkpoints import (
     write_checkpoint,
 )
 from weitiao.errors import ModelError
-from weitiao.models.glm_config import WITHOUT_EFFECT
-from weitiao.models.original import open_original, original_name_map, read_prefix
+from weitiao.models.glm.config import WITHOUT_EFFECT
+from weitiao.models.glm.original import open_original, original_name_map, read_prefix
 
 LOGITS, LOSS, GRADIENT = 1e-4, 1e-5, 1e-3
 

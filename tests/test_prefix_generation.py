@@ -17,7 +17,7 @@ from weitiao.generate.cache import cache_bytes
 from weitiao.generate.constraint import Constraint, compiler_of
 from weitiao.generate.engine import Sampling, generate
 from weitiao.generate.likelihood import log_likelihoods
-from weitiao.models.chatglm import ChatGlmForCausalLM
+from weitiao.models.glm.chatglm import ChatGlmForCausalLM
 from weitiao.models.prefix_lm import row_prefix
 from weitiao.models.ptuning import prefix_encoder_of, prefix_states
 

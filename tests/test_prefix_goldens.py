@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from tiny_models import in_order
 from weitiao.generate.engine import Sampling, generate
-from weitiao.models.chatglm import ChatGlmForCausalLM
-from weitiao.models.chatglm_config import ChatGlmConfig
+from weitiao.models.glm.chatglm import ChatGlmForCausalLM
+from weitiao.models.glm.chatglm_config import ChatGlmConfig
 from weitiao.models.ptuning import attach_original_prefix, prefix_encoder_of
 from weitiao.render.base import Example
 from weitiao.train.batches import make_batches

@@ -23,9 +23,9 @@ from glm_checkpoints import (
     write_checkpoint,
 )
 from weitiao.errors import ModelError
+from weitiao.models.glm.original_files import save_original
 from weitiao.models.lora_layers import ignoring_peft_warnings, use_lean_layers
 from weitiao.models.opening import loaded_bytes
-from weitiao.models.original_files import save_original
 from weitiao.models.quantized import QuantizedLinear, dequantize_model, quantize_model, quantize_weight, quantized_bits
 from weitiao.tuning.methods import count_parameters
 

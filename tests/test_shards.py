@@ -28,8 +28,8 @@ from glm_checkpoints import (
 )
 from weitiao.errors import ModelError
 from weitiao.models import original, shards
-from weitiao.models.original import open_original
-from weitiao.models.original_files import save_original
+from weitiao.models.glm.original import open_original
+from weitiao.models.glm.original_files import save_original
 from weitiao.models.quantized import quantize_weight
 from weitiao.models.shards import open_shards
 
@@ -100,7 +100,7 @@ def test_reference_checkpoints_come_back_bit_for_bit(tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("name", ["chatglm_v1_ptuning/projection", "chatglm3_ptuning/no_projection"])
 def test_a_prefix_goes_back_with_the_weights(tmp_path: Path, name: str) -> None:
-    from weitiao.models.original import read_prefix
+    from weitiao.models.glm.original import read_prefix
     from weitiao.models.ptuning import attach_original_prefix
 
     folder = golden_folder(name)

@@ -21,8 +21,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from .apply import open_run
 from .errors import ModelError, RunError
 from .messages import Message
+from .models.glm.original_files import copy_companions, save_original
 from .models.opening import DTYPES, OpenModel, open_model
-from .models.original_files import copy_companions, save_original
 from .models.prefix_files import export_original_prefix
 from .models.ptuning import prefix_encoder_of
 from .models.quantized import dequantize_model

@@ -107,7 +107,7 @@ def _open_glm_counter(folder: Path) -> TokenCounter | None:
     layout = family_of(folder).layout if has_config else None
     if layout is None or not any(folder.glob("*.model")):
         return None
-    from ..models.glm_tokenizers import glm_tokenizer
+    from ..models.glm.tokenizers import glm_tokenizer
     from ..render.glm import glm_renderer
 
     made = glm_tokenizer(folder, layout)

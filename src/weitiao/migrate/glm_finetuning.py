@@ -11,7 +11,7 @@ from .targets import carry_model, carry_targets, layout_of
 from .training import carry_batch
 
 if TYPE_CHECKING:
-    from ..models.layouts import GlmLayout
+    from ..models.glm.layouts import GlmLayout
 
 TOLD = "liucongg's train.py"
 _MODES: dict[str, GlmLayout] = {"glm": "chatglm", "glm2": "chatglm2", "glm3": "chatglm3"}

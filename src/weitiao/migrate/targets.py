@@ -15,7 +15,7 @@ from .ledger import Ledger, Wishes
 from .rows import lies_here
 
 if TYPE_CHECKING:
-    from ..models.layouts import GlmLayout
+    from ..models.glm.layouts import GlmLayout
 
 _SPLIT = {
     "query_key_value": ("q_proj", "k_proj", "v_proj"),
@@ -43,7 +43,7 @@ def carry_model(ledger: Ledger, wishes: Wishes, keys: tuple[str, ...], path: str
 
 def layout_of(ledger: Ledger, *, hint: GlmLayout | None) -> GlmLayout | None:
     """The original layout of the model in `ledger`: told by its config.json or name, else `hint`; None for others."""
-    from ..models.layouts import glm_layout
+    from ..models.glm.layouts import glm_layout
 
     path = ledger.lines["model.path"].value if "model.path" in ledger.lines else ""
     config = Path(path) / "config.json"

@@ -16,9 +16,9 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from .glm.old_adapters import has_original_names, load_old_adapter
+from .glm.original import read_prefix
 from .lora_layers import ignoring_peft_warnings, use_lean_layers
-from .old_adapters import has_original_names, load_old_adapter
-from .original import read_prefix
 from .prefix_files import PREFIX_FILE, holds_prefix, load_original_prefix, load_prefix, save_prefix
 from .ptuning import prefix_encoder_of, without_prefix
 from .sources import first_line

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .layouts import GlmLayout, glm_layout
+from .glm.layouts import GlmLayout, glm_layout
 from .sources import read_json
 
 _GLU = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

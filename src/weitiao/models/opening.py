@@ -15,13 +15,13 @@ from ..errors import ModelError
 from ..render.base import Renderer
 from ..render.glm import glm_renderer
 from ..render.template import TemplateRenderer
-from . import glm_templates
 from .adapters import load_adapter
 from .families import Family, family_of
-from .glm_tokenizers import glm_tokenizer
-from .layouts import GlmLayout
+from .glm import templates
+from .glm.layouts import GlmLayout
+from .glm.original import open_original, read_prefix
+from .glm.tokenizers import glm_tokenizer
 from .native import load_native, weight_bytes
-from .original import open_original, read_prefix
 from .ptuning import attach_original_prefix
 from .quantized import quantize_model
 from .shards import open_shards
@@ -30,9 +30,9 @@ from .sources import fingerprint, first_line, model_folder, read_json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BITS = {"none": None, "int8": 8, "int4": 4}
 _LAYOUTS: dict[str, GlmLayout] = {
-    glm_templates.CHATGLM: "chatglm",
-    glm_templates.CHATGLM2: "chatglm2",
-    glm_templates.CHATGLM3: "chatglm3",
+    templates.CHATGLM: "chatglm",
+    templates.CHATGLM2: "chatglm2",
+    templates.CHATGLM3: "chatglm3",
 }
 """The formats of tokenizers that weitiao made, by the template it gives them; a template cannot write SentencePiece's
 blank before an answer apart from the prompt."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from .original import read_prefix
+from .glm.original import read_prefix
 from .ptuning import PrefixEncoder, attach_original_prefix, prefix_encoder_of
 from .shards import read_tensors
 from .sources import first_line, read_json

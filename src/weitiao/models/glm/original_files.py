@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ModelError
+from ...errors import ModelError
+from ..ptuning import prefix_encoder_of
+from ..quantized import quantized_bits
 from .chatglm import ChatGlmForCausalLM
 from .original import ModulePart, original_name_map
-from .ptuning import prefix_encoder_of
-from .quantized import quantized_bits
 
 _SHARD_BYTES = 2 << 30
 _COMPANIONS = ("*.py", "*.model", "*.json", "*.jinja", "*.txt", "*.md", "LICENSE*", "MODEL_LICENSE*")

@@ -25,7 +25,8 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..errors import ModelError
+from ...errors import ModelError
+from ..prefix_lm import RowPrefix
 from .chatglm_config import ChatGlmConfig
 from .chatglm_flash import stretches
 from .chatglm_layers import ChatGlmAttention, ChatGlmBlock
@@ -39,7 +40,6 @@ from .chatglm_positions import (
     rotation,
     visible,
 )
-from .prefix_lm import RowPrefix
 
 
 class ChatGlmPreTrainedModel(PreTrainedModel):

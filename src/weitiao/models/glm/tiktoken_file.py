@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..errors import ModelError
+from ...errors import ModelError
 
 
 def read_tiktoken(path: Path) -> dict[bytes, int]:

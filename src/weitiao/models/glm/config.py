@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GlmConfig
 
-from ..errors import ModelError
+from ...errors import ModelError
 from .layouts import GlmLayout
 
 _COMPUTED: Mapping[str, Any] = {

@@ -20,8 +20,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
-from .prefix_lm import RowPrefix
+from ...errors import ModelError
+from ..prefix_lm import RowPrefix
 
 _ROPE_BASE = 10_000.0
 

@@ -30,12 +30,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
-from ..errors import ModelError
-from . import glm_templates
+from ...errors import ModelError
+from ..sources import read_json
 from .charsmap import normalizer_steps
 from .layouts import GlmLayout
 from .sentencepiece_file import Piece, PieceType, SentencePieceModel, read_sentencepiece
-from .sources import read_json
 from .tiktoken_file import as_byte_level, read_tiktoken
 
 _BLANK = "▁"
@@ -158,7 +157,7 @@ def chatglm_tokenizer(vocabulary: SentencePieceModel, *, max_length: int) -> Pre
     backend.add_special_tokens([*named.values(), _spelt(_GMASK)])
     backend.post_processor = _template(f"$A {_GMASK} <sop>", f"$A {_GMASK} <sop> $B <eop>", backend)
     return _fast_tokenizer(
-        backend, max_length=max_length, chat_template=glm_templates.CHATGLM, named=named, others=[_spelt(_GMASK)]
+        backend, max_length=max_length, chat_template=templates.CHATGLM, named=named, others=[_spelt(_GMASK)]
     )
 
 
@@ -212,7 +211,7 @@ def chatglm2_tokenizer(vocabulary: SentencePieceModel, *, roles: bool, max_lengt
     return _fast_tokenizer(
         backend,
         max_length=max_length,
-        chat_template=glm_templates.CHATGLM3 if roles else glm_templates.CHATGLM2,
+        chat_template=templates.CHATGLM3 if roles else templates.CHATGLM2,
         named={name: _unspelt(token) for name, token in named.items()},
         others=[_unspelt(token) for token in others],
     )
@@ -283,7 +282,7 @@ def _glm4(folder: Path) -> PreTrainedTokenizerFast:
     return _fast_tokenizer(
         backend,
         max_length=config.get("model_max_length", 131_072),
-        chat_template=config.get("chat_template", glm_templates.GLM4),
+        chat_template=config.get("chat_template", templates.GLM4),
         named={"eos_token": _spelt("<|endoftext|>"), "pad_token": _spelt("<|endoftext|>")},
         others=[_spelt(token) for token in _GLM4_SPECIALS[1:]],
     )

@@ -29,12 +29,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GlmForCausalLM, PreTrainedModel
 
-from ..errors import ModelError
+from ...errors import ModelError
+from ..lora_layers import LoraLinear, ignoring_peft_warnings, use_lean_layers
+from ..shards import read_tensors
+from ..sources import read_json
 from .chatglm import ChatGlmForCausalLM
-from .lora_layers import LoraLinear, ignoring_peft_warnings, use_lean_layers
 from .original import ModulePart, original_name_map
-from .shards import read_tensors
-from .sources import read_json
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _NAME = re.compile(

@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedModel
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
-from ..errors import ModelError
+from ...errors import ModelError
+from ..quantized import QuantizedLinear, quantize_weight, use_quantized_layers
+from ..shards import Shards, Stored, is_rotary_table, open_shards, read_tensors
+from ..sources import first_line
 from .chatglm import ChatGlmForCausalLM
 from .chatglm_config import ChatGlmConfig
-from .glm_config import glm_config
+from .config import glm_config
 from .layouts import GlmLayout, glm_layout
-from .quantized import QuantizedLinear, quantize_weight, use_quantized_layers
-from .shards import Shards, Stored, is_rotary_table, open_shards, read_tensors
-from .sources import first_line
 
 _PREFIX = "prefix_encoder."
 _PREFIX_FILES = ("prefix_encoder.safetensors", "prefix_encoder.bin")

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..errors import ModelError
+from ...errors import ModelError
 from .chatglm_positions import SpecialIds
 
 _UNSAID: dict[str, Any] = {

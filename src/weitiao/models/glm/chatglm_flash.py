@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 
-from ..errors import ModelError
+from ...errors import ModelError
 from .chatglm_positions import context_of
 
 

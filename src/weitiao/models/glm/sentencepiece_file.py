@@ -14,7 +14,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ModelError
+from ...errors import ModelError
 
 
 class PieceType(IntEnum):
