@@ -1,4 +1,4 @@
-"""The prompt format of an original ChatGLM checkpoint, by the name of its layout (`models/layouts.py`)."""
+"""The prompt format of an original ChatGLM checkpoint, by the name of its layout (`models/glm/layouts.py`)."""
 
 from __future__ import annotations
 

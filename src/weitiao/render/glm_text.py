@@ -19,7 +19,7 @@ Piece = int | str
 """A control token, or a text that is encoded by itself."""
 
 _SIGN = "▁"
-"""Before the name of a control token: that it is one which texts cannot spell (`models/glm_tokenizers.py`)."""
+"""Before the name of a control token: that it is one which texts cannot spell (`models/glm/tokenizers.py`)."""
 
 _ANCHOR = "\n"
 """A text that merges with nothing behind it in SentencePiece's vocabularies: what stands behind it is inside a text."""
