@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from ..models.ptuning import prefix_encoder_of
+from ..models.learnt_prefix import learnt_prefix_of
+from ..models.own_weights import computing_dtype
 
 SPARE_COLUMNS = 64
 """Columns added whenever the cache is full: one copy of the cache in 64 steps instead of one in each."""
@@ -134,7 +135,7 @@ def cache_bytes(
 ) -> int:
     """The memory that generation sets aside for keys and values at most, when `num_rows` rows run together."""
     config = model.config.get_text_config()
-    encoder = prefix_encoder_of(model)
+    encoder = learnt_prefix_of(model)
     num_past = 0 if encoder is None else encoder.num_virtual_tokens
     columns = num_past + longest_prompt + max_new_tokens
     rows = max(1, min(num_rows, max_cache_tokens // columns))
@@ -142,4 +143,4 @@ def cache_bytes(
     num_kv = getattr(config, "num_key_value_heads", None) or num_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     numbers = 2 * config.num_hidden_layers * num_kv * size * rows * (columns + SPARE_COLUMNS)
-    return int(numbers * model.dtype.itemsize)
+    return int(numbers * computing_dtype(model).itemsize)

@@ -1,7 +1,8 @@
 """Adapters on a model: read from a folder of any kind, written, switched off.
 
-An adapted model is a `PeftModel` around the transformers model, or the transformers model itself with a P-Tuning
-prefix (ptuning.py). Which of the two it is matters here and in few other places.
+An adapted model is a `PeftModel` around the transformers model; or the transformers model itself with something learnt
+before its rows (learnt_prefix.py) or with weights of its own that were tuned (own_weights.py). Which of these it is
+matters here and in few other places.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from .glm.old_adapters import has_original_names, load_old_adapter
 from .glm.original import read_prefix
+from .learnt_prefix import learnt_prefix_of, without_prefix
 from .lora_layers import ignoring_peft_warnings, use_lean_layers
+from .own_weights import WEIGHTS_FILE, changed_weights_of, holds_weights, load_weights, save_weights, with_base_weights
 from .prefix_files import PREFIX_FILE, holds_prefix, load_original_prefix, load_prefix, save_prefix
-from .ptuning import prefix_encoder_of, without_prefix
+from .prompt_tuning import holds_prompt, load_prompt, prompt_encoder_of, save_prompt
 from .sources import first_line
 
 
@@ -33,23 +36,37 @@ def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def has_adapter(model: PreTrainedModel | PeftModel) -> bool:
     """Whether `model` computes with an adapter of any kind."""
-    return isinstance(model, PeftModel) or prefix_encoder_of(model) is not None
+    own = learnt_prefix_of(model) is not None or changed_weights_of(model) is not None
+    return own or isinstance(model, PeftModel)
 
 
 @contextlib.contextmanager
 def without_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Within this `model` computes as the model that was tuned: PEFT's adapter is off, or else the prefix.
+    """Within this `model` computes as the model that was tuned: PEFT's adapter is off, or else what was learnt instead.
 
-    A prefix under a PEFT adapter belongs to the model that was tuned and stays on.
+    A prefix under a PEFT adapter, or under weights that were tuned, belongs to the model that was tuned and stays on.
+
+    Raises:
+        ModelError: the model's own weights are learning at the moment.
     """
-    with model.disable_adapter() if isinstance(model, PeftModel) else without_prefix(model):
+    if isinstance(model, PeftModel):
+        off: contextlib.AbstractContextManager[None] = model.disable_adapter()
+    elif changed_weights_of(model) is not None:
+        off = with_base_weights(model)
+    else:
+        off = without_prefix(model)
+    with off:
         yield
 
 
 def save_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """Write the adapter of `model` into `folder`: in PEFT's format, or as `save_prefix` does."""
+    """Write the adapter of `model` into `folder`: in PEFT's format, or as `save_prefix` or `save_weights` does."""
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), save_embedding_layers=False)
+    elif changed_weights_of(model) is not None:
+        save_weights(model, folder)
+    elif prompt_encoder_of(model) is not None:
+        save_prompt(model, folder)
     else:
         save_prefix(model, folder)
 
@@ -57,8 +74,8 @@ def save_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel | PeftModel:
     """`model` with the adapter in `folder` on it, frozen, for inference.
 
-    The folder is PEFT's, of any version; a P-Tuning prefix that `save_adapter` wrote; or a P-Tuning checkpoint of the
-    ChatGLM originals.
+    The folder is PEFT's, of any version, prompt tuning too; a P-Tuning prefix or changed weights that `save_adapter`
+    wrote; or a P-Tuning checkpoint of the ChatGLM originals.
 
     Raises:
         ModelError: the folder holds no adapter, a damaged one, or one that does not fit the model.
@@ -69,6 +86,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel | Peft
         return load_original_prefix(model, folder)
     if holds_prefix(folder):
         return load_prefix(model, folder)
+    if holds_prompt(folder):
+        return load_prompt(model, folder)
+    if holds_weights(folder):
+        return load_weights(model, folder)
     if has_original_names(model, folder):
         return load_old_adapter(model, folder)
     return _load_peft_adapter(model, folder)
@@ -96,9 +117,10 @@ def _load_peft_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 def adapter_fingerprint(folder: Path) -> str:
     """SHA-256 of the weights of the adapter in `folder`, which `load_adapter` reads."""
-    for name in ("adapter_model.safetensors", "adapter_model.bin", PREFIX_FILE):
+    for name in ("adapter_model.safetensors", "adapter_model.bin", PREFIX_FILE, WEIGHTS_FILE):
         if (folder / name).is_file():
-            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            with (folder / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
     for name, tensor in sorted((read_prefix(folder) or {}).items()):
         digest.update(name.encode())

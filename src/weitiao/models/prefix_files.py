@@ -24,7 +24,7 @@ from ..errors import ModelError
 from .glm.original import read_prefix
 from .ptuning import PrefixEncoder, attach_original_prefix, prefix_encoder_of
 from .shards import read_tensors
-from .sources import first_line, read_json
+from .sources import adapter_type, read_json
 
 PEFT_TYPE = "PTUNING_V2"
 """What adapter_config.json says of a prefix; PEFT, which has no such method, refuses it by this name."""
@@ -58,15 +58,7 @@ def save_prefix(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 
 def holds_prefix(folder: Path) -> bool:
     """Whether `folder` is an adapter that `save_prefix` wrote. Raises ModelError when its configuration is broken."""
-    try:
-        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"The adapter in {folder} cannot be put on this model ({_CONFIG_FILE} is not JSON: {first_line(error)})."
-        ) from None
-    return isinstance(config, dict) and config.get("peft_type") == PEFT_TYPE
+    return adapter_type(folder) == PEFT_TYPE
 
 
 def load_prefix(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -92,6 +92,24 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def adapter_type(folder: Path) -> str | None:
+    """What adapter_config.json in `folder` calls its method; None where there is no such file.
+
+    Raises:
+        ModelError: the file is broken.
+    """
+    file = folder / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The adapter in {folder} cannot be put on this model ({file.name} is not JSON: {first_line(error)})."
+        ) from None
+    return str(config.get("peft_type")) if isinstance(config, dict) else None
+
+
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the model's configuration and a sample of its weights, to tell base models apart.
 

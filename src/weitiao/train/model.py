@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError, RunError
 from ..models.attention import PACKED
+from ..models.own_weights import casting_once
 from ..models.prefix_lm import RowPrefix, row_prefix
 from ..models.ptuning import prefix_states
 from ..recipe import Train
@@ -80,7 +81,7 @@ class TrainedModel(nn.Module):
             self.model.set_attn_implementation(self.generation_attention)
         self.model.eval()
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with torch.compiler.set_stance("force_eager"), casting_once():
                 yield self.model
         finally:
             self.model.train()

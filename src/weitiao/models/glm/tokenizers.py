@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ...errors import ModelError
 from ..sources import read_json
+from . import templates
 from .charsmap import normalizer_steps
 from .layouts import GlmLayout
 from .sentencepiece_file import Piece, PieceType, SentencePieceModel, read_sentencepiece
