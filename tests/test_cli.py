@@ -35,6 +35,10 @@ VERBS = {
     "check-leaks": "Count which secrets of a chat log",
     "migrate": "every setting carried or named",
     "schema": "JSON Schema of recipes",
+    "models": "List the model families",
+    "export": "its adapter merged in",
+    "runs": "how far each is",
+    "watch": "Ends with the training",
 }
 TEXTS = ("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账")
 LABELS = ("体育", "科技", "财经")
@@ -164,7 +168,7 @@ def test_training_leaves_every_file_of_a_run(work: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         "adapter", "best", "checkpoints", "contract.json", "curve.png", "data.json", "environment.json",
-        "label_counts.json", "metrics.jsonl", "recipe.yaml",
+        "label_counts.json", "metrics.jsonl", "recipe.yaml", "samples.jsonl", "state.json",
     }  # fmt: skip
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= {
         path.name for path in (run / "adapter").iterdir()

@@ -102,7 +102,9 @@ def weights_file(run: RunFolder) -> bytes:
 
 
 def without_speed(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in metrics]
+    """What does not depend on the machine and the moment."""
+    of_machine = ("tokens_per_second", "seconds", "memory_bytes")
+    return [{key: value for key, value in line.items() if key not in of_machine} for line in metrics]
 
 
 def digest_tree(folder: Path) -> dict[str, str]:

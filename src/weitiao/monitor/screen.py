@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -22,14 +23,14 @@ _COLOURS = {"running": "cyan", "finished": "green", "interrupted": "yellow", "di
 
 
 def sparkline(values: Sequence[float], width: int = 20) -> str:
-    """`values` as a row of at most `width` bars, each the mean of its share; the lowest is ▁, what is no number a blank.
+    """`values` as a row of at most `width` bars, each the mean of its share: ▁ is the lowest, a blank no number.
 
     >>> sparkline([3.0, 2.0, 1.0, 1.0])
     '█▅▁▁'
     """
     if len(values) > width:
         cuts = [len(values) * number // width for number in range(width + 1)]
-        values = [math.fsum(values[start:end]) / (end - start) for start, end in zip(cuts, cuts[1:])]
+        values = [math.fsum(values[start:end]) / (end - start) for start, end in itertools.pairwise(cuts)]
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return " " * len(values)

@@ -112,7 +112,7 @@ class Attendance:
         """Raises RunError when another process trains the run; see `require_idle`."""
         require_idle(run)
         before, now = read_state(run), time.time()
-        self._run, self._say = run, say
+        self._run, self._say, self._before = run, say, before
         self._state = RunState(
             status="running",
             step=0 if before is None else before.step,
@@ -127,7 +127,7 @@ class Attendance:
             host=platform.node(),
         )
         self._lock, self._ended, self._silent = Lock(), Event(), False
-        self._write()
+        self._write(self._state)
         self._thread = Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -135,7 +135,7 @@ class Attendance:
         """Training begins behind `step`."""
         now = time.time()
         self._state = replace(self._state, step=step, first_step=step, steps=steps, begun=now, step_at=now)
-        self._write()
+        self._write(self._state)
 
     def advance(self, step: int) -> None:
         """One step is done; the next heartbeat tells it."""
@@ -154,17 +154,22 @@ class Attendance:
         """The training ended."""
         self._ended.set()
         self._thread.join()
-        self._state = replace(self._state, status=ending, reason=reason)
-        self._write()
+        done = self._state.step > self._state.first_step
+        if self._before is not None and self._before.status == ending == "finished" and not done:
+            self._write(self._before)  # a finished run that was resumed stays as it was
+            return
+        self._write(replace(self._state, status=ending, reason=reason))
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            self._write()
+            self._write(self._state)
 
-    def _write(self) -> None:
+    def _write(self, state: RunState) -> None:
+        if state is not self._before:
+            state = replace(state, heartbeat=time.time())
         with self._lock:
             try:
-                write_json(self._run.state, asdict(replace(self._state, heartbeat=time.time())))
+                write_json(self._run.state, asdict(state))
             except RunError as error:
                 if not self._silent:  # a full disk ends the training by itself, if it lasts
                     self._say(f"The run's state could not be told: {error}")
