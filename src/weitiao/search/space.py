@@ -270,8 +270,8 @@ def _require_known(recipe: Recipe, key: str) -> None:
         known = sorted(_keys(recipe.model_dump(mode="json")))
     if any(key.startswith(f"{name}.") for name in known if name.endswith(("weights", "placeholders"))):
         return  # named by the user
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near = near or [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     here = [name for name in known if name.startswith(f"{key.split('.')[0]}.")] or list(Recipe.model_fields)
     hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(here)}."
     raise RecipeError(f"{key}: there is no such key in this recipe. {hint}")

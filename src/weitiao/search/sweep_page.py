@@ -46,7 +46,7 @@ def draw_parameters(path: Path, search: Search, trials: Sequence[Trial]) -> None
         _draw_one(axes, parameter, trials)
         if place % columns == 0:
             axes.set_ylabel("dev score")
-        if place == 0:
+        if place == 0 and trials:
             axes.legend(loc="best", fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, dpi=120, format="png")
@@ -64,12 +64,17 @@ def _draw_one(axes: Any, parameter: Parameter, trials: Sequence[Trial]) -> None:
             places, scores = [at(trial) for trial in shown], [trial.best for trial in shown]
             axes.plot(places, scores, marker, color=color, label=f"{state} ({len(shown)})", alpha=0.8)
     lost = [at(trial) for trial in trials if trial.state in ("diverged", "failed")]
-    axes.plot(lost, [0.0] * len(lost), "x", color="tab:red", label=f"no score ({len(lost)})", clip_on=False)
+    if lost:
+        axes.plot(lost, [0.0] * len(lost), "x", color="tab:red", label=f"no score ({len(lost)})", clip_on=False)
     if parameter.choices:
         labels = [show_value(value)[:18] for value in parameter.choices]
         axes.set_xticks(range(len(labels)), labels, rotation=0 if sum(map(len, labels)) < 30 else 30)
         axes.set_xlim(-0.5, len(labels) - 0.5)
     elif parameter.scale == "log":
         axes.set_xscale("log")
+        axes.set_xlim(parameter.low / 1.3, parameter.high * 1.3)  # left to itself, one point makes ticks without end
+    else:
+        margin = 0.05 * (parameter.high - parameter.low)
+        axes.set_xlim(parameter.low - margin, parameter.high + margin)
     axes.set_xlabel(parameter.key)
     axes.grid(alpha=0.3)
