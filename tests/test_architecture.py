@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "render": {"errors", "messages", "data", "tasks"},
     "runs": {"errors"},
     "contract": {"errors", "runs"},
+    "stopping": set(),
     "recipe_problems": set(),
     "recipe_part": set(),
     "recipe_monitor": {"recipe_part"},
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "check": {"errors", "messages", "data", "tasks", "render", "recipe", "dataset", "runs", "visible", "models"},
     "migrate": {"errors", "data", "recipe", "runs", "models"},
     "tuning": {"errors", "recipe", "models"},
-    "train": {"errors", "data", "tasks", "render", "recipe", "runs", "models", "tuning"},
+    "train": {"errors", "data", "tasks", "render", "recipe", "runs", "stopping", "models", "tuning"},
     "generate": {"errors", "messages", "tasks", "render", "models"},
     "evaluate": {"errors", "messages", "data", "tasks", "render", "runs", "visible", "generate"},
 }
@@ -50,7 +51,7 @@ TOP = {"export", "tune", "token_cache", "preparation", "decoding", "dev_scoring"
        "evaluation", "prompting", "search", "cli", "__init__", "__main__"}  # fmt: skip
 """They bring everything together; nothing imports them but each other."""
 
-WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "contract", "recipe",
+WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "stopping", "contract", "recipe",
                  "recipe_part", "recipe_monitor", "recipe_methods", "recipe_problems", "monitor", "dataset", "init",
                  "visible", "check", "migrate", "cli", "__init__", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "matplotlib"}

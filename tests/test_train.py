@@ -30,6 +30,7 @@ from weitiao.train import loop as loop_module
 from weitiao.train import plan as plan_module
 from weitiao.train.checkpoint import Progress, list_checkpoints, read_progress, save_checkpoint
 from weitiao.train.loop import Outcome, Scoring, train
+from weitiao.train.manifest import write_manifest
 from weitiao.train.model import can_compile
 from weitiao.train.progress import draw_curve
 from weitiao.tune import tune_model
@@ -276,6 +277,7 @@ def test_dropout_changes_the_run_it_is_resumed_in(tiny_gemma3_folder: Path, samp
         torch.manual_seed(99)
         states["rng"]["cpu"] = torch.get_rng_state()
     torch.save(states, file)
+    write_manifest(file.parent)
     assert weights_file(run_recipe(recipe, resume=True)) != weights_file(whole)
 
 
@@ -392,7 +394,7 @@ def test_what_does_not_change_the_weights_may_change_between_sittings(
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimiser.pt"])
 @pytest.mark.parametrize("size", [0, 1, 40, 400, -100])
-def test_a_checkpoint_cut_short_is_refused_and_the_one_before_it_resumes(
+def test_a_checkpoint_cut_short_is_named_and_the_one_before_it_resumes(
     file: str, size: int, stopped_run: tuple[Path, Path]
 ) -> None:
     model, rows = stopped_run
@@ -402,10 +404,24 @@ def test_a_checkpoint_cut_short_is_refused_and_the_one_before_it_resumes(
     shutil.copytree(whole, cut)
     data = (cut / file).read_bytes()
     (cut / file).write_bytes(data[:size])
-    with pytest.raises(RunError, match=r"checkpoint .*step-000004 cannot be read.*Delete it to resume"):
+    screen = Screen()
+    assert run_recipe(recipe_for(model, rows), resume=True, screen=screen).contract.exists()
+    told = screen.getvalue()
+    assert f"{cut}: {file} has {len(data[:size]):,} bytes instead of {len(data):,}" in told
+    assert "Going back from step 4 to step 3: 1 step is lost and taken again." in told
+    assert "Going on from step 3" in told
+    assert losses(run) == losses(run_recipe(recipe_for(model, rows, name="whole")))
+
+
+def test_a_file_that_holds_no_tensors_though_it_is_what_was_written_ends_in_a_sentence(
+    stopped_run: tuple[Path, Path],
+) -> None:
+    model, rows = stopped_run
+    newest = list_checkpoints(RunFolder("runs/tiny"))[-1]
+    (newest / "weights.safetensors").write_bytes(b"nothing")
+    write_manifest(newest)
+    with pytest.raises(RunError, match=r"checkpoint .*step-000003 cannot be read.*Delete it to resume"):
         run_recipe(recipe_for(model, rows), resume=True)
-    shutil.rmtree(cut)
-    assert run_recipe(recipe_for(model, rows), resume=True).contract.exists()
 
 
 class Crash(BaseException):

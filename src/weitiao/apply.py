@@ -25,7 +25,7 @@ from .evaluate.abstain import route
 from .evaluate.calibration import CALIBRATION_FILE, RunCalibration
 from .evaluate.predict import OWN_KEYS, Answerer, OnReply, predict_rows
 from .generate.engine import Sampling
-from .models.adapters import has_adapter, without_adapter
+from .models.adapters import adapter_fingerprint, has_adapter, without_adapter
 from .models.opening import OpenModel, open_model
 from .render.fitting import shorten_record
 from .render.shots import add_neighbours
@@ -41,10 +41,11 @@ def open_run(path: str | Path, *, base_model: str | None = None) -> tuple[RunFol
         base_model: where the base model lies now, if it was moved; the contract's fingerprint must still match.
 
     Raises:
-        RunError, ContractError, ModelError: nothing finished is there, or the base model is another one.
+        RunError, ContractError, ModelError: nothing finished is there, or the base model or the adapter is another one.
     """
     run = RunFolder.open(path)
     contract = Contract.read(run.contract)
+    contract.require_adapter(adapter_fingerprint(run.adapter), folder=run.adapter)
     source = base_model or contract.base
     opened = open_model(source, adapter=run.adapter, dtype=contract.dtype, quantize=contract.quantize, must_speak=True)
     contract.require_base(opened.fingerprint, path=source)

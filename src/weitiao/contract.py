@@ -94,6 +94,15 @@ class Contract:
                 f"{fingerprint[:12]}, the contract asks for {self.base_fingerprint[:12]}. Point to the original model."
             )
 
+    def require_adapter(self, fingerprint: str, *, folder: Path) -> None:
+        """Raise ContractError unless `fingerprint` is that of the adapter the contract was written for."""
+        if fingerprint != self.adapter_fingerprint:
+            raise ContractError(
+                f"The adapter in {folder} is not the one this contract was written for: the fingerprint of its weights "
+                f"is {fingerprint[:12]}, the contract has {self.adapter_fingerprint[:12]}. It was damaged or replaced. "
+                f"Bring it back from a copy, or make it again with: weitiao train RECIPE.yaml --resume"
+            )
+
     def require_format(self, *, template: str, stop_ids: tuple[int, ...]) -> None:
         """Raise ContractError unless the chat format of the opened model is the one trained with."""
         if template != self.template or stop_ids != self.stop_ids:

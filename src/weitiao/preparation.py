@@ -64,6 +64,10 @@ class Prepared:
         """The same for the dev examples."""
         return [self.dataset.dev_tasks[place].name for place in self.dev_rows.rows]
 
+    def train_source(self, place: int) -> str:
+        """Where the train example at `place` came from, such as ``train.jsonl:37``."""
+        return self.dataset.train[self.train_rows.rows[place]].source
+
     def scored(self, settings: Train) -> list[int]:
         """Places among the dev rows' records that are scored while training, evenly spread; none where none are."""
         count = len(self.dev_rows.records)

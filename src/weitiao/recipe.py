@@ -238,6 +238,9 @@ class Train(Part):
     save_every: Annotated[int, Field(ge=1)] | Literal["epoch"] = Field(
         50, description="Steps between checkpoints, or epoch."
     )
+    save_minutes: float | None = Field(
+        None, gt=0, description="Also save when the last checkpoint is so many minutes old; null: by steps alone."
+    )
     keep_checkpoints: int = Field(2, ge=1, description="How many of the latest checkpoints stay on disk.")
     patience: int = Field(0, ge=0, description="Stop after this many scorings without a better one; 0: never.")
     price_per_hour: float | None = Field(

@@ -121,12 +121,22 @@ class RunFolder:
         lines = _read_lines(self.samples)
         return [(line["step"], tuple(Sample(**sample) for sample in line["samples"])) for line in lines]
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop the metrics and samples after `step`: a resumed run measures them again."""
+    def rewind_metrics(self, step: int, *, scored: bool = True) -> None:
+        """Drop the metrics and samples after `step`: a resumed run measures them again.
+
+        Those of the scoring at `step` itself are dropped too where it is still to be done, `scored` being False.
+        """
         for file in (self.metrics, self.samples):
             if file == self.metrics or file.exists():
-                kept = [_as_line(line) for line in _read_lines(file) if line["step"] <= step]
-                write_text(file, "".join(kept))
+                lines = _read_lines(file)
+                kept = [
+                    one for one in lines if one["step"] < step or (one["step"] == step and (scored or _is_log(one)))
+                ]
+                write_text(file, "".join(map(_as_line, kept)))
+
+
+def _is_log(line: Mapping[str, Any]) -> bool:
+    return line.get("kind") == "train"
 
 
 def _as_line(value: Mapping[str, Any]) -> str:

@@ -27,11 +27,13 @@ from .monitor.state import require_idle
 from .preparation import Prepared, prepare
 from .recipe import Recipe
 from .runs import RunFolder, write_bytes, write_json, write_text, writing
+from .stopping import Stopped, StopSignals
 from .train.checkpoint import require_same, rust_os_errors
 from .train.loop import OnScore, Outcome, train
+from .train.resuming import LATEST, named_checkpoint
 
 _VOLATILE = {
-    "train": ("log_every", "keep_checkpoints", "save_every", "price_per_hour", "currency"),
+    "train": ("log_every", "keep_checkpoints", "save_every", "save_minutes", "price_per_hour", "currency"),
     "generate": ("batch_rows",),
     "evaluate": ("base", "shots", "unconstrained", "resamples", "metrics"),
 }
@@ -41,24 +43,60 @@ _VOLATILE = {
 def tune_model(
     recipe: Recipe,
     *,
-    resume: bool = False,
+    resume: bool | int | str | Path = False,
     runs: str | Path = "runs",
     console: Console | None = None,
     dataset: Dataset | None = None,
     on_score: OnScore | None = None,
+    stops: StopSignals | None = None,
 ) -> RunFolder:
     """Train as `recipe` says; the run folder ``runs/NAME`` then holds the adapter and its contract.
 
-    `dataset` is what `load_dataset` made of the recipe, where that was read already. `on_score` is told of each scoring
-    of the dev rows and may end the training there.
+    Args:
+        recipe: what to train, on what and how.
+        resume: False to begin a run; else where one goes on: True or "yes" at its newest checkpoint, a number at that
+            of a step, a path at the checkpoint there. "auto": True where the run has begun, else False.
+        runs: the folder of run folders.
+        console: where progress is shown.
+        dataset: what `load_dataset` made of the recipe, where that was read already.
+        on_score: told of each scoring of the dev rows; may end the training there.
+        stops: the signals that ask for the end, where the caller catches them already.
 
     Raises:
         DataError, ModelError, RunError, ResumeError: before anything is written, or with what was written whole.
-        KeyboardInterrupt: Ctrl-C; after the first one the step was finished and saved.
+        Stopped: a signal asked for the end, such as Ctrl-C; after the first one the step was finished and saved.
     """
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
+    with stops or StopSignals(partial(console.print, soft_wrap=True)) as catching:
+        wanted = _wanted(resume, RunFolder(Path(runs) / recipe.name))
+        return _tune(recipe, wanted, Path(runs), console, dataset, on_score, catching)
+
+
+def _wanted(resume: bool | int | str | Path, run: RunFolder) -> str:
+    """Where the run goes on, as `named_checkpoint` reads it; "" for one that begins.
+
+    Raises RunError when there is no such checkpoint.
+    """
+    if resume is False or (resume == "auto" and not run.recipe.exists()):
+        return ""
+    wanted = LATEST if resume is True or resume == "auto" else str(resume)
+    if run.recipe.exists():
+        named_checkpoint(run, wanted)
+    return wanted
+
+
+def _tune(
+    recipe: Recipe,
+    wanted: str,
+    runs: Path,
+    console: Console,
+    dataset: Dataset | None,
+    on_score: OnScore | None,
+    stops: StopSignals,
+) -> RunFolder:
+    """`tune_model`, with what it was given read."""
     require_packages(recipe.monitor)
-    require_idle(RunFolder(Path(runs) / recipe.name))
+    require_idle(RunFolder(runs / recipe.name))
     prepared = prepare(recipe, console=console, dataset=dataset)
     dataset, opened = prepared.dataset, prepared.opened
     reading = describe_sources([(source.path, read_options(source, recipe.data)) for source in recipe.data.train])
@@ -77,16 +115,16 @@ def tune_model(
             best_by=recipe.evaluate.best_by,
             metrics=metrics,
         )
-    run = RunFolder.create(Path(runs) / recipe.name, resume=resume)
+    run = RunFolder.create(runs / recipe.name, resume=bool(wanted))
     require_same(run, _depends_on(recipe, dataset, opened))
-    if not run.recipe.exists():
-        write_text(run.recipe, recipe.to_yaml())
-    write_json(run.environment, environment().to_json())
-    write_json(run.label_counts, count_labels(dataset.train, dataset.train_tasks))
-    copy_metric_files(metrics, run.path)
-    if prepared.neighbours is not None:
-        write_bytes(run.neighbours, prepared.neighbours.to_bytes())
-    with following(recipe, run, resume=resume, say=partial(console.print, soft_wrap=True)) as followers:
+    with following(recipe, run, resume=bool(wanted), say=partial(console.print, soft_wrap=True)) as followers:
+        if not run.recipe.exists():
+            write_text(run.recipe, recipe.to_yaml())
+        write_json(run.environment, environment().to_json())
+        write_json(run.label_counts, count_labels(dataset.train, dataset.train_tasks))
+        copy_metric_files(metrics, run.path)
+        if prepared.neighbours is not None:
+            write_bytes(run.neighbours, prepared.neighbours.to_bytes())
         outcome = train(
             prepared.model,
             prepared.train_rows.examples,
@@ -100,11 +138,14 @@ def tune_model(
             on_score=on_score,
             scoring_bytes=scoring_bytes(recipe, prepared),
             followers=followers,
+            resume_from=wanted or LATEST,
+            name_row=prepared.train_source,
+            stops=stops,
             console=console,
         )
         if not outcome.finished:
             console.print(f"Saved at step {outcome.step} of {outcome.steps}. Continue with --resume.", soft_wrap=True)
-            raise KeyboardInterrupt
+            raise Stopped(stops.asked)
         with writing(run.adapter), rust_os_errors():
             opened.tokenizer.save_pretrained(str(run.adapter))
         _contract(recipe, prepared, run, reading).write(run.contract)

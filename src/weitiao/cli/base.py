@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ..data.reading import Said
 from ..errors import DataError, WeitiaoError
+from ..stopping import Stopped
 
 app = typer.Typer(
     name="weitiao",
@@ -52,7 +53,7 @@ MAX_PROBLEMS = 200
 
 @contextmanager
 def reporting_errors() -> Iterator[None]:
-    """Print a user's error as its sentence and leave with code 2; Ctrl-C leaves with code 130."""
+    """Print a user's error as its sentence and leave with code 2; Ctrl-C leaves with code 130, see `Stopped`."""
     try:
         yield
     except DataError as error:
@@ -65,6 +66,9 @@ def reporting_errors() -> Iterator[None]:
     except WeitiaoError as error:
         err.print(str(error), style="bold red", soft_wrap=True)
         raise typer.Exit(2) from None
+    except Stopped as stopped:
+        err.print(str(stopped), soft_wrap=True)
+        raise typer.Exit(stopped.exit_code) from None
     except KeyboardInterrupt:
         err.print("Stopped.")
         raise typer.Exit(130) from None

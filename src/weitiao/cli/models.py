@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import shlex
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
+from typer.core import TyperCommand
 
 from ..errors import RecipeError
+from ..stopping import Stopped, StopSignals
 from .base import (
     BaseModel,
     FileEncoding,
@@ -31,27 +35,75 @@ if TYPE_CHECKING:
     from ..evaluation import Evaluation
 
 
-@app.command()
+class ResumableCommand(TyperCommand):
+    """A command whose ``--resume`` may stand alone or have a value behind it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As every command, once ``--resume`` and its value have become one word."""
+        return super().parse_args(ctx, join_resume(args))
+
+
+def join_resume(args: list[str]) -> list[str]:
+    """`args` with ``--resume`` and its value as one word, which is ``--resume=yes`` where it stands alone.
+
+    ``--resume 20 epochs=3`` is ``--resume=20 epochs=3``; ``--resume epochs=3`` is ``--resume=yes epochs=3``. What is no
+    value: another option, an override ``key=value``, a recipe's file, the end.
+    """
+    joined: list[str] = []
+    for number, word in enumerate(args):
+        if joined and joined[-1] == "--resume":
+            taken = Path(word).is_dir() or not (word.startswith("-") or "=" in word or word.endswith((".yaml", ".yml")))
+            joined[-1:] = [f"--resume={word}"] if taken else ["--resume=yes", word]
+        else:
+            joined.append(word)
+        if word == "--":
+            return [*joined, *args[number + 1 :]]
+    return ["--resume=yes" if word == "--resume" else word for word in joined]
+
+
+@app.command(cls=ResumableCommand)
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[yes|auto|STEP|FOLDER]",
+            help="Go on from a checkpoint of the run: the newest (yes, or --resume alone), that of a step, or the one "
+            "in a folder. auto: go on where the run has begun, else begin it.",
+        ),
+    ] = None,
 ) -> None:
-    """Tune the model; the result goes to runs/NAME. Ctrl-C saves and leaves, twice leaves at once."""
+    """Tune the model; the result goes to runs/NAME. Ctrl-C or SIGTERM saves and leaves, twice leaves at once.
+
+    A training that a signal other than Ctrl-C has ended exits with code 75: run again with --resume, it goes on.
+    """
+    with reporting_errors(), StopSignals(partial(err.print, soft_wrap=True)) as stops:
+        try:
+            _train(recipe, overrides or [], resume, stops)
+        except Stopped as stopped:
+            from ..recipe import load_recipe
+            from ..runs import RunFolder
+
+            begun = RunFolder(Path("runs") / load_recipe(recipe, overrides or ()).name).recipe.exists()
+            words = ["weitiao", "train", str(recipe), *(overrides or ()), *(["--resume"] if begun else [])]
+            raise Stopped(stopped.signal_name, go_on=shlex.join(words)) from None
+
+
+def _train(recipe: Path, overrides: list[str], resume: str | None, stops: StopSignals) -> None:
     from ..recipe import load_recipe
 
-    with reporting_errors():
-        loaded = load_recipe(recipe, overrides or ())
-        from ..dataset import load_dataset
+    loaded = load_recipe(recipe, overrides)
+    from ..dataset import load_dataset
 
-        dataset = load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
-        from ..check.examine import check_recipe
-        from ..check.terminal import print_briefly
+    dataset = load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
+    from ..check.examine import check_recipe
+    from ..check.terminal import print_briefly
 
-        print_briefly(check_recipe(loaded, str(recipe)), err)
-        from ..tune import tune_model
+    print_briefly(check_recipe(loaded, str(recipe)), err)
+    from ..tune import tune_model
 
-        tune_model(loaded, resume=resume, console=err, dataset=dataset)
+    tune_model(loaded, resume=resume or False, console=err, dataset=dataset, stops=stops)
 
 
 @app.command()

@@ -180,7 +180,8 @@ class _Worker:
 
 def serve(descriptor: int) -> None:
     """What a worker does: apply what comes through the pipe until its other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it for all
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # these reach the whole group or job; the parent answers them for all
     pipe: Connection[Any, Any] = Connection(descriptor)
     try:
         while True:

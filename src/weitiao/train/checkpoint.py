@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
-A checkpoint holds the trainable weights, the optimiser, the schedule and the random number generators. The data order
-is a function of seed and step, so the step is enough. What must not change between sittings (data, recipe, base
-model) is written down once per run. Tensors are read back with `weights_only`.
+A checkpoint holds the trainable weights, the optimiser, the schedule and the random number generators, the best adapter
+so far, and checksums of all that. The data order is a function of seed and step, so the step is enough. What must not
+change between sittings (data, recipe, base model) is written down once per run. Tensors are read back with
+`weights_only`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from torch import nn
 
 from ..errors import ResumeError, RunError
 from ..runs import RunFolder, write_folder, write_json
+from .manifest import MANIFEST, damage_in, link_files, write_checked_folder
 
-_STATE, _WEIGHTS, _OPTIMISER = "state.json", "weights.safetensors", "optimiser.pt"
+_STATE, _WEIGHTS, _OPTIMISER, _BEST = "state.json", "weights.safetensors", "optimiser.pt", "best"
+_NAME = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,8 @@ class Progress:
     scorings_since_best: int = 0
     last_score: float | None = None
     """The figure of the last scoring."""
+    unscored: bool = False
+    """Whether the scoring due at this step is still to be done: it was broken off."""
     ended: str = ""
     """Why training ended at this step, where who watched its scores ended it."""
     seconds: float = 0.0
@@ -62,7 +67,10 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write ``checkpoints/step-NNNNNN`` whole or not at all, then remove the oldest beyond `keep`; returns it."""
+    """Write ``checkpoints/step-NNNNNN`` whole or not at all; returns it.
+
+    Then the oldest beyond `keep` are removed, and those of later steps: training went back behind them.
+    """
 
     def fill(folder: Path) -> None:
         weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
@@ -75,12 +83,24 @@ def save_checkpoint(
         torch.save({"optimiser": optimiser.state_dict(), "scheduler": scheduler.state_dict(), "rng": rng}, states)
         (folder / _OPTIMISER).write_bytes(states.getbuffer())
         write_json(folder / _STATE, asdict(progress))
+        if progress.best_score is not None:
+            (folder / _BEST).mkdir()
+            link_files(run.best, folder / _BEST)
 
     path = run.checkpoints / f"step-{progress.step:06}"
-    write_folder(path, fill)
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    write_checked_folder(path, fill)
+    kept = [one for one in list_checkpoints(run) if step_of(one) <= progress.step][-keep:]
+    for old in list_checkpoints(run):
+        if old not in kept:
+            _remove(old)
     return path
+
+
+def _remove(folder: Path) -> None:
+    """Remove `folder` so that a crash meanwhile leaves a leftover, not half a checkpoint."""
+    gone = folder.with_name(f".tmp-gone-{folder.name}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 @contextmanager
@@ -96,8 +116,27 @@ def rust_os_errors() -> Iterator[None]:
 
 
 def list_checkpoints(run: RunFolder) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted(path for path in run.checkpoints.glob("step-*") if (path / _STATE).is_file())
+    """The run's checkpoints, oldest first, damaged ones too."""
+    found = (path for path in run.checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step whose state `checkpoint` holds, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def restore_best(run: RunFolder, checkpoint: Path) -> str:
+    """Make ``run.best`` what it was when `checkpoint`, of a run that had a best one, was saved.
+
+    Returns what is damaged of it, "" when it is whole.
+    """
+    saved, there = checkpoint / _BEST, run.best / MANIFEST
+    if damage := damage_in(saved):
+        return damage
+    if not there.is_file() or there.read_bytes() != (saved / MANIFEST).read_bytes() or damage_in(run.best):
+        write_folder(run.best, lambda folder: link_files(saved, folder))
+    return ""
 
 
 def load_checkpoint(
@@ -116,8 +155,8 @@ def load_checkpoint(
         states = torch.load(path / _OPTIMISER, map_location="cpu", weights_only=True)
     except (OSError, EOFError, SafetensorError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise RunError(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
-            f"Delete it to resume from the one before."
+            f"The checkpoint {path} cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]}), "
+            f"though its files are what was written. Delete it to resume from the one before."
         ) from None
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -6,13 +6,12 @@ Knows examples, batches and a model; knows nothing of tasks' meaning or generati
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import torch
 from peft import PeftModel
@@ -20,18 +19,32 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from ..data.order import num_steps, step_rows
+from ..errors import DivergedError, RunError, WeitiaoError
 from ..models.adapters import base_model, save_adapter
 from ..recipe import Train
 from ..render.base import Example
 from ..runs import RunFolder, Sample, write_folder
+from ..stopping import Stopped, StopSignals
 from .batches import make_probe
-from .checkpoint import Progress, list_checkpoints, load_checkpoint, rust_os_errors, save_checkpoint
+from .checkpoint import (
+    Progress,
+    list_checkpoints,
+    load_checkpoint,
+    restore_best,
+    rust_os_errors,
+    save_checkpoint,
+    step_of,
+)
+from .manifest import MANIFEST, damage_in, write_checked_folder
 from .memory import peak_bytes
 from .model import TrainedModel, check_head
 from .plan import make_plan, will_compile
 from .progress import Follower, TrainingDisplay, draw_curve, format_seconds
-from .step import set_up, step_batches, take_step
+from .resuming import LATEST, checkpoint_to_go_on_from
+from .step import Setup, set_up, step_batches, take_step
 from .task_losses import TaskSums, add_sums, mean_by_task, sum_by_task
+from .trouble import NameRow, SpikeWatch, describe_spike, explain_divergence, worst_rows
+from .watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +70,7 @@ class Outcome:
     """How a training ended."""
 
     finished: bool
-    """False after Ctrl-C: continue with --resume."""
+    """False when a signal ended it: continue with --resume."""
     step: int
     steps: int
     best_step: int
@@ -79,11 +92,14 @@ def train(
     on_score: OnScore | None = None,
     scoring_bytes: int = 0,
     followers: Sequence[Follower] = (),
+    resume_from: str = LATEST,
+    name_row: NameRow | None = None,
+    stops: StopSignals | None = None,
     console: Console | None = None,
 ) -> Outcome:
     """Tune the trainable parameters of `model`; on return ``run.adapter`` holds the best adapter.
 
-    Goes on from the run's latest checkpoint where there is one, to bit-identical weights on a CPU.
+    Goes on from a checkpoint where there is one, to bit-identical weights on a CPU.
 
     Args:
         model: a model with an adapter of any kind on it.
@@ -98,7 +114,15 @@ def train(
         on_score: told of each scoring; may end the training there.
         scoring_bytes: memory that `on_eval` takes beside the model; for the plan that is shown first.
         followers: are told of every step, line of metrics, sample and curve.
+        resume_from: the checkpoint to go on from, as ``--resume`` names it; by default the newest that is whole.
+        name_row: tells where an example came from, for rows that must be named; by default its number.
+        stops: the signals that ask for the end, where the caller catches them already.
         console: where progress is shown.
+
+    Raises:
+        DivergedError: the loss is no finite number any more; the checkpoints stand.
+        RunError: no checkpoint can be read, or something cannot be written.
+        Stopped: a signal came, and another one before what the first one asked for was done.
     """
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
     base = base_model(model)
@@ -110,10 +134,10 @@ def train(
     check_head(trained, make_probe(examples, row_prefix=trained.row_prefix).to(device))
 
     progress = Progress(step=0, compiled=will_compile(settings, plan.seconds))
-    if checkpoints := list_checkpoints(run):
-        progress = load_checkpoint(checkpoints[-1], trained, optimiser, scheduler)
-        console.print(f"Going on from step {progress.step} ({checkpoints[-1]}).", soft_wrap=True)
-    run.rewind_metrics(progress.step)
+    say = partial(console.print, soft_wrap=True)
+    if checkpoint := checkpoint_to_go_on_from(run, resume_from, say):
+        progress = _load(run, checkpoint, setup, say)
+    run.rewind_metrics(progress.step, scored=not progress.unscored)
     if progress.compiled:
         console.print("Compiling the layers: the first step takes about a minute.", soft_wrap=True)
         trained.compile_layers()
@@ -127,16 +151,56 @@ def train(
     display = TrainingDisplay(
         run, total_steps=plan.steps, first_step=progress.step, console=console, followers=followers
     )
-    stopped_early = _is_to_stop(settings, progress)  # when a stopped run is resumed
-    last_step = progress.step if stopped_early else plan.steps
-    with display, _interruptible(display) as interrupted:
-        for step in range(progress.step + 1, last_step + 1):
+    name_row, spikes, saved_at = name_row or _number, SpikeWatch(), time.monotonic()
+    stops = stops or StopSignals(display.say)
+
+    def settle(progress: Progress) -> Progress:
+        """With the scoring done that is due; still due when a signal breaks it off."""
+        if progress.unscored:
+            dog.enter("scoring the dev rows", step=progress.step)
+            progress = _score(trained, dev_examples, dev_tasks, on_eval, settings, run, model, progress, display, stops)
+            if on_score is not None and progress.last_score is not None and not progress.unscored:
+                progress = replace(progress, ended=on_score(progress.step, plan.steps, progress.last_score))
+        return progress
+
+    def save() -> None:
+        dog.enter("saving", step=progress.step)
+        save_checkpoint(run, trained, optimiser, scheduler, progress, keep=settings.keep_checkpoints)
+
+    with display, Watchdog(display.say) as dog, stops, stops.deferring():
+        first_step = progress.step + 1
+        if progress.unscored:  # a signal broke this scoring off
+            progress = settle(progress)
+            if stops.asked:
+                return _outcome(progress, plan.steps, finished=False)
+            save()
+        stopped_early = _is_to_stop(settings, progress)  # when a stopped run is resumed
+        for step in range(first_step, first_step if stopped_early else plan.steps + 1):
             started = time.monotonic()
+            dog.enter("reading rows", step=step)
             _, rows = next(order)
             row_tasks = [tasks[row] for row in rows] if tasks else [""] * len(rows)
             step_examples = [examples[row] for row in rows]
             batches = step_batches(step_examples, row_tasks, settings, device, row_prefix=trained.row_prefix)
-            loss, grad_norm, token_losses = take_step(setup, batches, settings)
+            compiling = progress.compiled and step == first_step
+            dog.enter("compiling and training" if compiling else "training", step=step)
+            try:
+                # nothing is lost by leaving before the first step is done, and compiling takes a minute
+                with stops.breaking_off() if compiling else nullcontext():
+                    loss, grad_norm, token_losses = take_step(setup, batches, settings)
+            except DivergedError as error:
+                at_fault, why = explain_divergence(trained, examples, rows, settings, name_row)
+                what = "the loss of the step is not finite." if at_fault else str(error)
+                raise DivergedError(f"Step {step}: {what}\n{why}\n{_what_stands(run, progress)}") from None
+            except Exception as error:
+                if not stops.asked or isinstance(error, WeitiaoError):
+                    raise
+                # the signal has reached a compiler's process too; what was learnt since the checkpoint is lost
+                display.say(f"Step {step} was broken off by the signal ({type(error).__name__}); nothing is saved.")
+                raise Stopped(stops.asked) from error
+            if (median := spikes.jumped_from(loss)) is not None:
+                worst = worst_rows(batches, token_losses, rows)
+                display.say(describe_spike(step, loss, median, worst, name_row))
             if not math.isfinite(grad_norm):
                 display.say(
                     f"Step {step}: the gradient overflowed float16. Nothing was learnt; the loss scale is halved."
@@ -159,23 +223,56 @@ def train(
                 )
                 progress = replace(progress, window=(), task_window={})
             ends_epoch = step in epoch_ends
-            if _is_due(settings.evaluate_every, step, ends_epoch=ends_epoch, last=last):
-                progress = _score(trained, dev_examples, dev_tasks, on_eval, settings, run, model, progress, display)
-                if on_score is not None and progress.last_score is not None:
-                    progress = replace(progress, ended=on_score(step, plan.steps, progress.last_score))
+            scoring_due = _is_due(settings.evaluate_every, step, ends_epoch=ends_epoch, last=last)
+            progress = settle(replace(progress, unscored=scoring_due and bool(dev_examples)))
             stopped_early = _is_to_stop(settings, progress)
-            if _is_due(settings.save_every, step, ends_epoch=ends_epoch, last=last) or interrupted() or stopped_early:
-                save_checkpoint(run, trained, optimiser, scheduler, progress, keep=settings.keep_checkpoints)
+            save_due = _is_due(settings.save_every, step, ends_epoch=ends_epoch, last=last)
+            if save_due or stops.asked or stopped_early or _is_old(saved_at, settings.save_minutes):
+                save()
+                saved_at = time.monotonic()
             if stopped_early:
                 why = progress.ended or f"No better score in {settings.patience} scorings: stopping at step {step}."
                 display.say(why)
                 break
-            if interrupted() and not last:
+            if stops.asked and (progress.unscored or not last):
                 return _outcome(progress, plan.steps, finished=False)
     _keep_best(run, model, progress)
     draw_curve(run.curve, run.read_metrics())
     display.drew(progress.step)
     return _outcome(progress, plan.steps, finished=True)
+
+
+def _load(run: RunFolder, checkpoint: Path, setup: Setup, say: Callable[[str], None]) -> Progress:
+    """Everything as it was when `checkpoint` was saved, ``run.best`` included; says so."""
+    progress = load_checkpoint(checkpoint, setup.trained, setup.optimiser, setup.scheduler)
+    if progress.best_score is not None and (damage := restore_best(run, checkpoint)):
+        say(
+            f"The best adapter so far, of step {progress.best_step}, is damaged ({damage} in {checkpoint}/best). The "
+            f"best of the scorings from here on is kept."
+        )
+        progress = replace(progress, best_score=None, best_step=0, scorings_since_best=0)
+    say(f"Going on from step {progress.step} ({checkpoint}).")
+    return progress
+
+
+def _what_stands(run: RunFolder, progress: Progress) -> str:
+    """What a diverged run leaves."""
+    steps = [step_of(path) for path in list_checkpoints(run)]
+    saved = f"The checkpoint of step {steps[-1]} stands." if steps else "No checkpoint was saved yet."
+    if progress.best_score is None:
+        return saved
+    return (
+        f"{saved} So does the best adapter so far, of step {progress.best_step}: a new run starts from it with "
+        f"model.adapter={run.best}."
+    )
+
+
+def _number(row: int) -> str:
+    return f"example {row + 1}"
+
+
+def _is_old(moment: float, minutes: float | None) -> bool:
+    return minutes is not None and time.monotonic() - moment >= 60 * minutes
 
 
 def _advance(progress: Progress, step: int, loss: float, task_sums: TaskSums, started: float) -> Progress:
@@ -209,20 +306,27 @@ def _score(
     model: PreTrainedModel | PeftModel,
     progress: Progress,
     display: TrainingDisplay,
+    stops: StopSignals,
 ) -> Progress:
-    """Dev loss and task scores; keeps the adapter in ``run.best`` when it is the best so far."""
-    if not dev_examples:
-        return progress
+    """Dev loss and task scores; keeps the adapter in ``run.best`` when it is the best so far.
+
+    A signal breaks it off: `progress` is returned as it was, and the scoring is still to be done.
+    """
     started = time.monotonic()
-    loss, task_losses = dev_loss(trained, dev_examples, dev_tasks, settings)
-    scoring = Scoring(overall=-loss, tasks={})
-    if on_eval is not None:
-        with trained.generating() as generator:
-            scoring = on_eval(generator)
-    progress = replace(progress, last_score=scoring.overall)
+    try:
+        with stops.breaking_off():
+            loss, task_losses = dev_loss(trained, dev_examples, dev_tasks, settings)
+            scoring = Scoring(overall=-loss, tasks={})
+            if on_eval is not None:
+                with trained.generating() as generator:
+                    scoring = on_eval(generator)
+    except Stopped as stopped:
+        display.say(f"{stopped.signal_name}: the scoring of step {progress.step} is left for when the run goes on.")
+        return progress
+    progress = replace(progress, last_score=scoring.overall, unscored=False)
     better = progress.best_score is None or scoring.overall > progress.best_score
     if better:
-        write_folder(run.best, lambda folder: _save(model, folder))
+        write_checked_folder(run.best, lambda folder: _save(model, folder))
         progress = replace(progress, best_score=scoring.overall, best_step=progress.step, scorings_since_best=0)
     else:
         progress = replace(progress, scorings_since_best=progress.scorings_since_best + 1)
@@ -269,14 +373,24 @@ def _save(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 
 
 def _keep_best(run: RunFolder, model: PreTrainedModel | PeftModel, progress: Progress) -> None:
-    """Put the best adapter (the last one when nothing was scored) into ``run.adapter``."""
+    """Put the best adapter (the last one when nothing was scored) into ``run.adapter``.
+
+    Raises:
+        RunError: the best one is not what was written.
+    """
+    if progress.best_score is not None and (damage := damage_in(run.best)):
+        raise RunError(
+            f"The best adapter, of step {progress.best_step}, is damaged ({damage} in {run.best}), so the run cannot "
+            f"be finished with it. --resume NUMBER goes back to an earlier step and makes a new one."
+        )
 
     def fill(folder: Path) -> None:
         if progress.best_score is None:
             _save(model, folder)
             return
         for file in run.best.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
+            if file.name != MANIFEST:
+                (folder / file.name).write_bytes(file.read_bytes())
 
     write_folder(run.adapter, fill)
 
@@ -290,22 +404,3 @@ def _outcome(progress: Progress, steps: int, *, finished: bool) -> Outcome:
         best_score=progress.best_score,
         seconds=progress.seconds,
     )
-
-
-@contextmanager
-def _interruptible(display: TrainingDisplay) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C once: finish the step, save, leave. Ctrl-C twice: leave at once; the last checkpoint stands."""
-    pressed = 0
-
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed += 1
-        if pressed > 1:
-            raise KeyboardInterrupt
-        display.say("Ctrl-C: saving after this step. Press it again to leave at once.")
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: pressed > 0
-    finally:
-        signal.signal(signal.SIGINT, previous)
