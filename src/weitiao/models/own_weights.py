@@ -66,8 +66,9 @@ def changed_weights_of(model: PreTrainedModel | PeftModel) -> ChangedWeights | N
 
 def computing_dtype(model: PreTrainedModel | PeftModel) -> torch.dtype:
     """The dtype of the activations of `model`, which is not that of its parameters where these learn."""
-    dtype: torch.dtype = model.get_input_embeddings().weight.dtype
-    return dtype
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.dtype
 
 
 def learn_weights(model: PreTrainedModel, names: Sequence[str]) -> PreTrainedModel:

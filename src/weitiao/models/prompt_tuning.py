@@ -95,7 +95,7 @@ class PromptEncoder(LearntPrefix):
 
     def states(self, decoder: PreTrainedModel) -> tuple[Tensor, Tensor]:
         """Keys and values, both ``[L, K, P, D]``, that `decoder` makes of the learnt tokens."""
-        cache = DynamicCache()  # type: ignore[no-untyped-call]
+        cache = DynamicCache()
         with _undisturbed(decoder, self), torch.compiler.set_stance("force_eager"):
             decoder(
                 inputs_embeds=self()[None].to(decoder.dtype),
@@ -167,7 +167,7 @@ def attach_prompt(
         ModelError: the model has no rotary positions, or its layers cannot take learnt keys.
     """
     _require_rotary(model)
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         words = torch.randint(embedding.num_embeddings, (num_virtual_tokens,))
@@ -188,7 +188,7 @@ def attach_prompt(
 @torch.no_grad()
 def _unit(model: PreTrainedModel) -> float:
     """The power of two next to the spread of the vocabulary's embeddings: multiplying by it and dividing is exact."""
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     some = torch.arange(0, embedding.num_embeddings, max(1, embedding.num_embeddings // 256), device=model.device)
     spread = float(embedding(some).float().std())
     return 2.0 ** round(math.log2(spread)) if math.isfinite(spread) and spread > 0 else 1.0

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel, get_scheduler
 from ..data.order import share_passes
 from ..errors import DivergedError
 from ..models.adapters import base_model
+from ..models.own_weights import computing_dtype
 from ..recipe import Train
 from ..render.base import Example
+from ..tuning.pace import pace_of
 from .batches import ROUND_TOKENS, Batch, TellPrefix, make_batches
 from .model import TrainedModel
 
@@ -58,17 +60,26 @@ def set_up(model: PreTrainedModel | PeftModel, settings: Train, *, steps: int) -
 
 def _mixed_precision(model: PreTrainedModel) -> str:
     """float16 weights need a loss scale; bfloat16 and float32 need nothing."""
-    return "fp16" if model.dtype == torch.float16 and model.device.type == "cuda" else "no"
+    return "fp16" if computing_dtype(model) == torch.float16 and model.device.type == "cuda" else "no"
 
 
 def _make_optimiser(model: PreTrainedModel | PeftModel, settings: Train) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, biases and norms do not."""
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in learnt if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in learnt if p.ndim < 2], "weight_decay": 0.0},
+    """AdamW; each parameter at its pace: matrices decay as a rule, biases and norms do not (tuning/pace.py)."""
+    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            pace = pace_of(parameter)
+            groups.setdefault((pace.decays, pace.multiple), []).append(parameter)
+    settled: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+            "lr": settings.learning_rate * multiple,
+        }
+        for (decays, multiple), parameters in groups.items()
+        if parameters
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate)
+    return torch.optim.AdamW(settled, lr=settings.learning_rate)
 
 
 def _make_scheduler(

@@ -2,74 +2,95 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..errors import RecipeError
-from ..models.adapters import base_model, load_adapter
-from ..models.lora_layers import ignoring_peft_warnings, use_lean_layers
+from ..models.adapters import load_adapter
+from ..models.learnt_prefix import learnt_prefix_of
+from ..models.own_weights import changed_weights_of, learn_weights
+from ..models.prompt_tuning import attach_prompt, prompt_encoder_of
 from ..models.ptuning import attach_prefix, prefix_encoder_of
 from ..models.quantized import QuantizedLinear
-from ..recipe import Lora, PTuning
+from ..recipe import IA3, AnyMethod, Freeze, Full, Lora, PromptTuning, PTuning, PTuningV1
+from .low_rank import (
+    add_ia3,
+    add_lora,
+    ia3_differences,
+    layer_number,
+    lora_differences,
+    pace_ia3,
+    pace_lora,
+    told_pairs,
+)
+from .pace import pace_of
 
 
-def add_adapter(model: PreTrainedModel, method: Lora | PTuning, *, seed: int) -> PreTrainedModel | PeftModel:
+def add_adapter(model: PreTrainedModel, method: AnyMethod, *, seed: int) -> PreTrainedModel | PeftModel:
     """`model` with fresh trainable parameters in float32, everything else frozen.
 
-    LoRA: a `PeftModel` around it. P-Tuning: the model itself, with a prefix. The parameters start from `seed` alone,
-    whatever random numbers were drawn before.
+    LoRA and (IA)³: a `PeftModel` around it. Otherwise the model itself: with something learnt before its rows, or with
+    weights of its own that learn. The parameters start from `seed` alone, whatever random numbers were drawn before.
 
     Raises:
-        RecipeError: no layer of the model matches `method.targets`, or the model has a prefix that another one would
-            take the place of.
-        ModelError: the model cannot take a prefix.
+        RecipeError: nothing in the model is what `method` means, or the model has a prefix that another one would take
+            the place of.
+        ModelError: the model cannot take a prefix, or weights that would learn are packed.
     """
-    own = prefix_encoder_of(model)
-    if isinstance(method, PTuning):
-        if own is not None:
-            raise RecipeError(
-                f"The model has a P-Tuning prefix of {own.num_virtual_tokens} tokens, which a fresh one would take the "
-                f"place of. Name the model's folder as model.adapter too, to tune that prefix on; or tune by LoRA."
-            )
-        return attach_prefix(
-            model,
-            num_virtual_tokens=method.num_virtual_tokens,
-            projection=method.projection,
-            dropout=method.dropout,
-            seed=seed,
+    if isinstance(method, PTuning | PTuningV1 | PromptTuning):
+        return _add_prefix(model, method, seed=seed)
+    if isinstance(method, Freeze | Full):
+        return learn_weights(model, learning_names(model, method))
+    if isinstance(method, IA3):
+        return add_ia3(model, method, seed=seed)
+    return add_lora(model, method, seed=seed)
+
+
+def _add_prefix(model: PreTrainedModel, method: PTuning | PTuningV1 | PromptTuning, *, seed: int) -> PreTrainedModel:
+    own = learnt_prefix_of(model)
+    if own is not None:
+        raise RecipeError(
+            f"The model has a P-Tuning prefix of {own.num_virtual_tokens} tokens, which a fresh one would take the "
+            f"place of. Name the model's folder as model.adapter too, to tune that prefix on; or tune by LoRA."
         )
-    targets = method.targets if isinstance(method.targets, str) else list(method.targets)
-    config = LoraConfig(
-        r=method.rank,
-        lora_alpha=method.alpha,
-        lora_dropout=method.dropout,
-        target_modules=targets,
-        exclude_modules=None if own is None else r"prefix_encoder\..*",
-        use_rslora=method.rslora,
-        use_dora=method.dora,
-        task_type="CAUSAL_LM",
+    count = method.num_virtual_tokens
+    if isinstance(method, PTuning):
+        return attach_prefix(
+            model, num_virtual_tokens=count, projection=method.projection, dropout=method.dropout, seed=seed
+        )
+    if isinstance(method, PromptTuning):
+        return attach_prompt(model, num_virtual_tokens=count, vocabulary=method.init == "vocabulary", seed=seed)
+    return attach_prompt(
+        model, num_virtual_tokens=count, network=method.encoder, network_size=method.encoder_size, seed=seed
     )
-    use_lean_layers(config)
-    with torch.random.fork_rng(), ignoring_peft_warnings():
-        torch.manual_seed(seed)
-        try:
-            tuned = get_peft_model(model, config)
-        except ValueError as error:
-            linear = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-            raise RecipeError(
-                f"method.targets={method.targets!r} matches no layer of this model ({error}). "
-                f"Its linear layers: {', '.join(sorted(linear))}; or use all-linear."
-            ) from None
-    return tuned
 
 
-def resume_adapter(model: PreTrainedModel, method: Lora | PTuning, folder: Path) -> PreTrainedModel | PeftModel:
+def learning_names(model: PreTrainedModel, method: Freeze | Full) -> list[str]:
+    """The names of the parameters of `model` that learn by `method`; tied weights have one name.
+
+    Raises:
+        RecipeError: the model has fewer layers, or no parameter of such a name; nothing is left out in silence.
+    """
+    names = [name for name, _ in model.named_parameters() if not name.startswith("prefix_encoder.")]
+    if isinstance(method, Full):
+        return names
+    count = model.config.get_text_config().num_hidden_layers
+    if method.layers > count:
+        raise RecipeError(f"method.layers is {method.layers}, but the model has {count} layers. Set method.name: full.")
+    if strange := [part for part in method.parameters if not any(part in name for name in names)]:
+        kinds = sorted({name.rpartition(".")[0].rpartition(".")[2] or name for name in names})
+        raise RecipeError(
+            f"method.parameters: no parameter of this model has {strange[0]!r} in its name. Names are such as "
+            f"{names[-1]}; their modules: {', '.join(kinds)}."
+        )
+    last = range(count - method.layers, count)
+    return [name for name in names if layer_number(name) in last or any(part in name for part in method.parameters)]
+
+
+def resume_adapter(model: PreTrainedModel, method: AnyMethod, folder: Path) -> PreTrainedModel | PeftModel:
     """`model` with the adapter in `folder` on it, trainable; everything else is frozen.
 
     Raises:
@@ -77,76 +98,69 @@ def resume_adapter(model: PreTrainedModel, method: Lora | PTuning, folder: Path)
         RecipeError: the adapter is not of the kind that `method` describes; every difference is named.
     """
     tuned = load_adapter(model, folder)
-    differences = (
-        _prefix_differences(tuned, method) if isinstance(method, PTuning) else _lora_differences(tuned, method)
-    )
+    differences = _differences(tuned, method)
     if differences:
         raise RecipeError(
             f"The adapter in {folder} cannot be tuned further as the recipe's method says: {'; '.join(differences)}. "
             f"Change the recipe's method, or leave model.adapter out to start afresh."
         )
-    encoder = prefix_encoder_of(tuned) if isinstance(method, PTuning) else None
-    if encoder is not None:
-        encoder.dropout = method.dropout
-        encoder.requires_grad_(True)
-    else:
-        assert isinstance(tuned, PeftModel)
+    if isinstance(tuned, PeftModel):
         tuned.set_requires_grad("default", True)
+        if isinstance(method, Lora):
+            pace_lora(tuned, method)
+        else:
+            pace_ia3(tuned)
+        return tuned
+    if isinstance(method, Freeze | Full):
+        return learn_weights(tuned, learning_names(tuned, method))
+    encoder = prefix_encoder_of(tuned)
+    if encoder is not None and isinstance(method, PTuning):
+        encoder.dropout = method.dropout
+    prefix = learnt_prefix_of(tuned)
+    assert prefix is not None
+    prefix.requires_grad_(True)
     return tuned
 
 
-def _prefix_differences(model: PreTrainedModel | PeftModel, method: PTuning) -> list[str]:
-    encoder = prefix_encoder_of(model)
-    if isinstance(model, PeftModel) or encoder is None:
-        return ["it is no P-Tuning prefix, but method.name is ptuning_v2"]
-    pairs = {
-        "num_virtual_tokens": (encoder.num_virtual_tokens, method.num_virtual_tokens),
-        "projection": (encoder.projection, method.projection),
-    }
-    return _told(pairs)
+def _differences(tuned: PreTrainedModel | PeftModel, method: AnyMethod) -> list[str]:
+    """In what the adapter of `tuned` is not what `method` describes."""
+    if isinstance(method, Lora):
+        return lora_differences(tuned, method)
+    if isinstance(method, IA3):
+        return ia3_differences(tuned, method)
+    if isinstance(method, Freeze | Full):
+        return _weight_differences(tuned, method)
+    if isinstance(method, PTuning):
+        encoder = prefix_encoder_of(tuned)
+        if isinstance(tuned, PeftModel) or encoder is None:
+            return ["it is no P-Tuning prefix, but method.name is ptuning_v2"]
+        pairs = {
+            "num_virtual_tokens": (encoder.num_virtual_tokens, method.num_virtual_tokens),
+            "projection": (encoder.projection, method.projection),
+        }
+        return told_pairs(pairs)
+    prompt = prompt_encoder_of(tuned)
+    if isinstance(tuned, PeftModel) or prompt is None:
+        return [f"it holds no learnt tokens, but method.name is {method.name}"]
+    if isinstance(method, PTuningV1):
+        return [
+            "the network of P-Tuning is not kept with its tokens, which alone are needed in use; tune the tokens "
+            "themselves further: method.name is to be prompt_tuning"
+        ]
+    return told_pairs({"num_virtual_tokens": (prompt.num_virtual_tokens, method.num_virtual_tokens)})
 
 
-def _lora_differences(model: PreTrainedModel | PeftModel, method: Lora) -> list[str]:
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    if not isinstance(config, LoraConfig):
-        return ["it is no LoRA adapter, but method.name is lora"]
-    pairs = {
-        "rank": (config.r, method.rank),
-        "alpha": (config.lora_alpha, method.alpha),
-        "dropout": (config.lora_dropout, method.dropout),
-        "rslora": (config.use_rslora, method.rslora),
-        "dora": (config.use_dora, method.dora),
-    }
-    adapted, others = set(), set()
-    base = base_model(model)
-    for name, module in base.named_modules():
-        if isinstance(module, LoraLayer):
-            adapted.add(name)
-        elif isinstance(module, torch.nn.Linear) and not any(f"{name}.".startswith(f"{layer}.") for layer in adapted):
-            others.add(name)
-    head = base.get_output_embeddings()
-    others -= {name for name, module in base.named_modules() if module is head or name.startswith("prefix_encoder.")}
-    wrong = [name for name in adapted if not _matches(name, method.targets)]
-    wrong += [name for name in others if _matches(name, method.targets)]
-    told = _told(pairs)
-    if wrong:
-        kinds = sorted({name.rsplit(".", 1)[-1] for name in adapted})
-        told.append(f"it is on {len(adapted)} layers ({', '.join(kinds)}), but method.targets is {method.targets!r}")
-    return told
-
-
-def _told(pairs: Mapping[str, tuple[object, object]]) -> list[str]:
-    """What differs: each name with what the adapter has and what the recipe says."""
+def _weight_differences(tuned: PreTrainedModel | PeftModel, method: Freeze | Full) -> list[str]:
+    changed = changed_weights_of(tuned)
+    if isinstance(tuned, PeftModel) or changed is None:
+        return [f"it holds no weights of the model's own, but method.name is {method.name}"]
+    wanted, has = set(learning_names(tuned, method)), set(changed.names)
+    if wanted == has:
+        return []
+    some = sorted(wanted ^ has)[0]
     return [
-        f"its {name} is {has!r}, but method.{name} is {says!r}" for name, (has, says) in pairs.items() if has != says
+        f"it holds {len(has)} of the model's parameters and the method means {len(wanted)}; {some} is one that differs"
     ]
-
-
-def _matches(name: str, targets: str | tuple[str, ...]) -> bool:
-    """Whether `targets` mean the linear layer `name`, as PEFT reads them."""
-    if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -157,4 +171,4 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
         for module in model.modules()
         if isinstance(module, QuantizedLinear)
     )
-    return sum(p.numel() for p in parameters if p.requires_grad), total
+    return sum(round(p.numel() * pace_of(p).share) for p in parameters if p.requires_grad), total
