@@ -27,7 +27,8 @@ from glm_checkpoints import (
     write_checkpoint,
 )
 from weitiao.errors import ModelError
-from weitiao.models import original, shards
+from weitiao.models import shards
+from weitiao.models.glm import original
 from weitiao.models.glm.original import open_original
 from weitiao.models.glm.original_files import save_original
 from weitiao.models.quantized import quantize_weight
