@@ -23,7 +23,9 @@ from .errors import ModelError, RunError
 from .messages import Message
 from .models.glm.original_files import copy_companions, save_original
 from .models.opening import DTYPES, OpenModel, open_model
+from .models.own_weights import changed_weights_of
 from .models.prefix_files import export_original_prefix
+from .models.prompt_tuning import prompt_encoder_of
 from .models.ptuning import prefix_encoder_of
 from .models.quantized import dequantize_model
 from .models.sources import fingerprint, first_line, read_json
@@ -52,7 +54,7 @@ class Exported:
     layout: Layout
     dtype: str
     merged: bool
-    """False for a P-Tuning prefix, which stays apart and needs its base model."""
+    """False for a P-Tuning v2 prefix, which stays apart and needs its base model."""
     num_tokens: int
     """How many places were compared."""
     difference: float
@@ -154,8 +156,8 @@ def _write(
         (*prompt, *opened.renderer.render_answer(text)) for prompt, text in zip(prompts, _QUESTIONS, strict=True)
     )
     logits = tuple(_logits(opened.model, rows))
-    merging = isinstance(opened.model, PeftModel)
-    if isinstance(opened.model, PeftModel):
+    whole = isinstance(opened.model, PeftModel) or changed_weights_of(opened.model) is not None
+    if whole:
         console.print(f"merging the adapter of {run.path} into {contract.base} …")
         model = _merge(opened.model, DTYPES[dtype])
         console.print(f"writing the {layout} layout in {dtype} …")
@@ -179,7 +181,7 @@ def _write(
         layout=layout,
         dtype=dtype,
         tolerance=max(_TOLERANCES[dtype], _TOLERANCES[computed_in]),
-        base=None if merging else base_model or contract.base,
+        base=None if whole else base_model or contract.base,
         quantize=contract.quantize,
         rows=rows,
         prompts=prompts,
@@ -195,6 +197,11 @@ def _require_layout(opened: OpenModel, layout: Layout) -> None:
             f"{opened.folder} has no original layout of its own: it is stored as transformers stores models. "
             f"Leave out --layout original."
         )
+    if prompt_encoder_of(opened.model) is not None:
+        raise ModelError(
+            "This run learnt tokens that stand before every row. They cannot be merged into weights, and no layout has "
+            "a place for them. Use the run as it is; PEFT reads its folder adapter too; or tune with LoRA."
+        )
     if prefix_encoder_of(opened.model) is None:
         return
     if family.layout in (None, "glm4"):
@@ -209,12 +216,12 @@ def _require_layout(opened: OpenModel, layout: Layout) -> None:
         )
 
 
-def _merge(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model with the adapter added to its weights, all of it in `dtype`."""
+def _merge(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model with the adapter added to its weights, or with the weights that were tuned, all in `dtype`."""
     dequantize_model(model, dtype)
     if dtype == torch.float32:
         torch.nn.Module.to(model, dtype)  # before, so that the sum is rounded to nothing less
-    merged = model.merge_and_unload(safe_merge=True)
+    merged = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
     assert isinstance(merged, PreTrainedModel)
     torch.nn.Module.to(merged, dtype)
     merged.config.dtype = dtype

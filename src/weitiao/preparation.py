@@ -19,7 +19,8 @@ from .decoding import answer_limit
 from .errors import DataError, RecipeError
 from .lookup import look_up
 from .models.opening import OpenModel, open_model
-from .recipe import Generate, PTuning, Recipe, Train
+from .recipe import IA3, Freeze, Full, Generate, PromptTuning, PTuning, PTuningV1, Recipe, Train
+from .recipe_methods import learning_rate_of
 from .render.base import Example
 from .render.example_store import answers_of
 from .render.fitting import FittedRows
@@ -31,6 +32,9 @@ from .tuning.methods import add_adapter, resume_adapter
 
 _SLOWEST_PREFIX = 2e-3
 """Eight rows on Gemma 3 270M, 16 tokens of prefix: 24 steps at 2e-2 take the loss from 4.0 to 0.05, at 2e-3 to 3.0."""
+
+_FASTEST_WEIGHTS = 3e-4
+"""The rate at which a note on a model's own weights is given: an order above what is usual for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +138,22 @@ def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None)
 
 
 def _note_on_pace(recipe: Recipe) -> str | None:
-    """What to say of a learning rate that is usual for LoRA and leaves a prefix where it is."""
+    """What to say of a learning rate that is usual for LoRA and leaves a prefix where it is, or ruins a model."""
     rate, method = recipe.train.learning_rate, recipe.method
-    if not isinstance(method, PTuning) or method.projection or rate >= _SLOWEST_PREFIX:
-        return None
-    return (
-        f"train.learning_rate is {rate:g}: a P-Tuning prefix without projection hardly moves at that. ChatGLM-6B's own "
-        f"trainer has 0.02."
-    )
+    if isinstance(method, PTuning) and not method.projection and rate < _SLOWEST_PREFIX:
+        return (
+            f"train.learning_rate is {rate:g}: a P-Tuning prefix without projection hardly moves at that. ChatGLM-6B's "
+            f"own trainer has 0.02."
+        )
+    usual = learning_rate_of(method)
+    if isinstance(method, PromptTuning | PTuningV1 | IA3) and usual is not None and rate < usual / 10:
+        return f"train.learning_rate is {rate:g}: what {method.name} learns hardly moves at that. Usual is {usual:g}."
+    if isinstance(method, Full | Freeze) and rate >= _FASTEST_WEIGHTS:
+        return (
+            f"train.learning_rate is {rate:g}: that is a rate for adapters, at which a model's own weights soon lose "
+            f"what they hold. Usual is {usual:g}."
+        )
+    return None
 
 
 def _to_learn(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:

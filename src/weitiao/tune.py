@@ -21,6 +21,7 @@ from .evaluate.slices import count_labels
 from .evaluate.user_metrics import copy_metric_files, load_metrics
 from .models.adapters import adapter_fingerprint
 from .models.opening import OpenModel
+from .models.own_weights import computing_dtype
 from .monitor.choosing import require_packages
 from .monitor.following import following
 from .monitor.state import require_idle
@@ -204,7 +205,7 @@ def _contract(recipe: Recipe, prepared: Prepared, run: RunFolder, reading: Mappi
         max_length=recipe.data.max_length,
         shorten_input=recipe.data.overlong == "shorten_input",
         data_fingerprint=prepared.rows_fingerprint,
-        dtype=str(opened.model.dtype).removeprefix("torch."),
+        dtype=str(computing_dtype(opened.model)).removeprefix("torch."),
         quantize=recipe.model.quantize,
         reading=reading,
         versions=environment().versions,

@@ -11,9 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.order import num_steps
+from ..models.own_weights import changed_weights_of
 from ..recipe import Train
 from ..render.base import Example
 from ..render.example_store import lengths_of, supervised_of
+from ..tuning.low_rank import layer_number
 from ..tuning.methods import count_parameters
 from .model import can_compile
 from .progress import format_seconds
@@ -80,8 +82,12 @@ def make_plan(
     trainable, parameters = count_parameters(model)
     head = model.get_output_embeddings().weight
     body = parameters - head.numel()
-    # forward and input gradient: 2 · 2 FLOP per weight and token; the head likewise at supervised positions
-    flops = 4 * body * tokens + 4 * head.numel() * supervised
+    # forward and input gradient: 2 · 2 FLOP per weight and token; the head likewise at supervised positions. Below the
+    # first layer that learns there is no gradient; a weight that learns itself has one of its own.
+    flops = 2 * (1 + _backward_share(model)) * body * tokens + 4 * head.numel() * supervised
+    if changed_weights_of(model) is not None:
+        of_head = head.numel() if head.requires_grad else 0
+        flops += 2 * (trainable - of_head) * tokens + 2 * of_head * supervised
     if settings.gradient_checkpointing:
         flops += 2 * body * tokens
     longest, most = max(lengths), sum(heapq.nlargest(settings.batch_size, lengths))
@@ -122,20 +128,33 @@ def later_bytes(device: torch.device, *, steps: int) -> int:
     return round(_KERNEL_BYTES * min(1.0, steps / _KERNEL_STEPS)) if device.type == "cpu" else 0
 
 
+def _backward_share(model: PreTrainedModel) -> float:
+    """The share of the decoder layers that gradients pass through: from the first one that learns upwards."""
+    numbers = [layer_number(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    found = [number for number in numbers if number is not None]
+    first = 0 if len(found) < len(numbers) else min(found, default=0)
+    return 1 - first / int(model.config.get_text_config().num_hidden_layers)
+
+
 def _memory(model: PreTrainedModel, tokens: int, trainable: int, *, checkpointing: bool) -> int:
     """What the process takes in its first steps, in bytes.
 
-    Weights, adapter with its optimiser, activations of one pass, the head's buffers, and on a CPU the program itself.
+    Weights, gradients and optimiser of what learns, activations of one pass, the head's buffers, and on a CPU the
+    program itself.
     """
     config = model.config
-    item = model.get_output_embeddings().weight.element_size()
+    head = model.get_output_embeddings().weight
+    item = head.element_size()
     weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
     per_token_layer = (
         24 * config.hidden_size + 6 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     ) * item
     layers = 2 if checkpointing else config.num_hidden_layers
+    copies = 0
+    if changed_weights_of(model) is not None:  # cast for every pass; the head's gradient is summed in float32 beside
+        copies = (item * trainable if item < 4 else 0) + (2 * 4 * head.numel() if head.requires_grad else 0)
     program = _PROGRAM_BYTES if model.device.type == "cpu" else 0
-    return int(weights + 12 * trainable + tokens * layers * per_token_layer + _HEAD_BYTES + program)
+    return int(weights + 12 * trainable + copies + tokens * layers * per_token_layer + _HEAD_BYTES + program)
 
 
 def _matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
