@@ -14,6 +14,8 @@ and stand before every row (P-Tuning v2). In a row of four tokens whose first tw
     1  1 1 1 .
     1  1 1 1 1
 
+Rows that begin alike may share what they have in common (`tree_attention`, in a module of its own).
+
 This module knows tensors only: nothing about batches, losses or adapters.
 
 Shapes: T packed tokens, H query heads, K key/value heads (H a multiple of K), D head size, R rows, L layers, P learnt
@@ -31,6 +33,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import ModelError
 from .row_attention import round_up, row_attention, row_gradients
+from .tree_attention import tree_attention
 
 PACKED = "weitiao_packed"
 """The name under which packed attention is known to transformers (`model.set_attn_implementation(PACKED)`)."""
@@ -265,6 +268,7 @@ def _attention_forward(
     softcap: float | None = None,
     row_starts: Tensor | None = None,
     row_prefixes: Tensor | None = None,
+    row_parents: Tensor | None = None,
     past_states: tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor] | None = None,
     **_: object,  # transformers hands every attention function the same wide set of arguments
 ) -> tuple[Tensor, None]:
@@ -282,6 +286,7 @@ def _attention_forward(
         softcap: refused.
         row_starts: ``[R + 1]`` offsets of the rows, on the CPU.
         row_prefixes: ``[R]``, how many tokens of each row are its context, on the CPU; None where rows have none.
+        row_parents: ``[R]``, which rows go on from which others, on the CPU (`tree_attention`); None where none do.
         past_states: learnt keys and values, of each ``[L, K, P, D]`` or for each layer ``[K, P, D]``; None for none.
     """
     if row_starts is None:
@@ -296,13 +301,17 @@ def _attention_forward(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window or 0
-    if row_prefixes is None and past_states is None:
+    if row_prefixes is None and row_parents is None and past_states is None:
         return packed_attention(query, key, value, row_starts, float(scale), window), None
-    contexts = torch.zeros_like(row_starts[1:]) if row_prefixes is None else row_prefixes
     if past_states is None:
         past_k = past_v = key.new_empty(key.shape[1], 0, key.shape[3])
     else:
         past_k, past_v = (states.to(key.dtype) for states in _past_of_layer(module, past_states))
+    if row_parents is not None:
+        if row_prefixes is not None:
+            raise ModelError("Contexts that are read in both directions cannot be shared by rows.")
+        return tree_attention(query, key, value, past_k, past_v, row_starts, row_parents, float(scale), window), None
+    contexts = torch.zeros_like(row_starts[1:]) if row_prefixes is None else row_prefixes
     return prefixed_attention(query, key, value, past_k, past_v, row_starts, contexts, float(scale), window), None
 
 

@@ -69,14 +69,51 @@ def _attend_to_both(q: Tensor, k: Tensor, v: Tensor, scaling: float, past: int, 
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def row_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scaling: float, *, window: int = 0, past: int = 0, context: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `row_attention` with respect to q, k and v, in their shapes, from that of its result.
+def rest_attention(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, *, before: int, window: int = 0, past: int = 0
+) -> Tensor:
+    """Attention of the last S tokens of a row: q ``[1, H, S, D]``, k and v ``[1, K, past + before + S, D]`` → as q.
 
-    One block of queries after the other, so that scores stay ``[H, block, past + S]`` at most; they are recomputed.
+    Query heads that share a key head are stacked, so keys are never repeated.
+
+    Args:
+        q: queries of the rest.
+        k: keys; the first `past` of them stand before the row, the next `before` are the row's.
+        v: values.
+        scaling: factor on the scores.
+        before: how many keys of the row stand before the rest.
+        window: how many tokens a token may look at, itself included; 0 for all.
+        past: how many keys before the row every token sees.
+    """
+    _, num_heads, length, size = q.shape
+    num_kv = k.shape[1]
+    mask = window_mask(range(length), range(-past - before, length), window, q.device)
+    mask[:, :past] = True
+    mask = mask.repeat(num_heads // num_kv, 1)
+    stacked = q.reshape(1, num_kv, -1, size)
+    return scaled_dot_product_attention(stacked, k, v, attn_mask=mask, scale=scaling).view(1, num_heads, length, size)
+
+
+def row_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    *,
+    window: int = 0,
+    past: int = 0,
+    context: int = 0,
+    before: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `row_attention` and `rest_attention` with respect to q, k and v, in their shapes, from that of the
+    result; of `rest_attention` with its `before`.
+
+    One block of queries after the other, so that scores stay ``[H, block, keys]`` at most; they are recomputed.
     Query heads that share a key head are stacked, so keys are never repeated.
     """
+    if before and not window:  # then what was before the row and what was before its rest are seen alike
+        past, before = past + before, 0
     _, num_heads, length, size = q.shape
     num_kv = k.shape[1]
     groups = num_heads // num_kv
@@ -85,20 +122,20 @@ def row_gradients(
         return x[0, :, a:b].reshape(num_kv, groups * (b - a), size)
 
     if length <= BLOCK:
-        hidden = _hidden_keys(range(length), range(context, length), window, q.device)
+        hidden = _hidden_keys(range(length), range(context - before, length), window, q.device)
         grad_q, grad_k, grad_v = _block_gradients(
             stacked(grad, 0, length), stacked(q, 0, length), k[0], v[0], hidden, scaling
         )
         return grad_q.view(1, num_heads, length, size), grad_k[None], grad_v[None]
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    grad_k, grad_v = (torch.zeros(num_kv, past + length, size, dtype=torch.float32, device=q.device) for _ in "kv")
+    grad_k, grad_v = (torch.zeros(num_kv, k.shape[2], size, dtype=torch.float32, device=q.device) for _ in "kv")
     context_end = min(round_up(context), length)
     for a in range(0, length, BLOCK):
         b = min(a + BLOCK, length)
-        first = max(0, a - window + 1) if window > 0 and not past else 0
+        first = max(-before, a - window + 1) if window > 0 and not past else -before
         end = max(b, context_end) if a < context else b
         hidden = _hidden_keys(range(a, b), range(max(first, context), end), window, q.device)
-        seen = slice(first, past + end)
+        seen = slice(before + first, past + before + end)
         part_q, part_k, part_v = _block_gradients(
             stacked(grad, a, b), stacked(q, a, b), k[0, :, seen], v[0, :, seen], hidden, scaling
         )

@@ -61,6 +61,8 @@ class TrainedModel(nn.Module):
         known: dict[str, object] = {"row_starts": batch.row_starts}
         if batch.row_prefixes is not None:
             known["row_prefixes"] = batch.row_prefixes
+        if batch.row_parents is not None:
+            known["row_parents"] = batch.row_parents
         past = prefix_states(self.model)
         if past is not None:
             # layer by layer, so that a backward pass fills the gradient of the whole once and not in every layer
