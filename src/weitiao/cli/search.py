@@ -1,4 +1,4 @@
-"""Verbs that train one recipe many times: sweep."""
+"""Verbs that train one recipe many times: sweep, learning-curve."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ..errors import RecipeError
 from .base import Overrides, RecipeArgument, app, err, out, reporting_errors
 
 if TYPE_CHECKING:
@@ -64,3 +65,55 @@ def _print_trials(found: Sweep) -> None:
         out.print(str(file))
     if found.best is not None:
         out.print(f"The best trial is a run of its own: weitiao evaluate {found.folder / found.best.name}")
+
+
+@app.command("learning-curve")
+def learning_curve(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    shares: Annotated[str, typer.Option(help="Shares of the train rows in percent, rising.")] = "25,50,100",
+    seeds: Annotated[int, typer.Option(min=1, max=20, help="How often each share is trained, with other seeds.")] = 1,
+    resume: Resume = False,
+) -> None:
+    """Train on a quarter, a half and all of the rows: does labelling more pay?
+
+    Shows each task's score by rows, and what as many rows again are foretold to bring. The runs are in runs/NAME-curve.
+    """
+    from ..recipe import load_recipe
+
+    with reporting_errors():
+        percents = _percents(shares)
+        loaded = load_recipe(recipe, overrides or ())
+        from ..dataset import load_dataset
+
+        dataset = load_dataset(loaded)
+        from ..search.curve_page import describe_forecast
+        from ..search.learning_curve import learning_curve as measure
+
+        found = measure(
+            loaded,
+            shares=[percent / 100 for percent in percents],
+            num_seeds=seeds,
+            resume=resume,
+            console=err,
+            dataset=dataset,
+        )
+    table = Table("task", "metric", *(f"{percent:g} %" for percent in percents))
+    for curve in found.curves:
+        cells = [f"{point.score:.3f} ({point.rows} rows)" for point in curve.points]
+        table.add_row(curve.task, curve.metric, *cells)
+    out.print(table, soft_wrap=False)
+    for curve in found.curves:
+        out.print(describe_forecast(curve))
+    for file in found.files:
+        out.print(str(file))
+
+
+def _percents(text: str) -> list[float]:
+    """The numbers in ``25,50,100``. Raises RecipeError."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise RecipeError(
+            f"--shares is {text!r}. Write percents with commas between them, such as 25,50,100."
+        ) from None

@@ -6,19 +6,16 @@ search which was broken off goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from rich.console import Console
 
-from ..dataset import Dataset, load_dataset
+from ..dataset import Dataset
 from ..errors import DivergedError, RecipeError, RunError, WeitiaoError
 from ..recipe import Recipe
 from ..runs import RunFolder, clear_leftovers, write_json, write_text, writing
@@ -26,12 +23,10 @@ from ..train.checkpoint import list_checkpoints, read_progress, require_same
 from ..tune import tune_model
 from .choosing import choose_values, require_optuna
 from .pruning import judge
+from .several import TrialRows, logging
 from .space import Search, Space, apply_values, make_search
 from .sweep_page import draw_parameters, show_values
 from .trials import Journal, Trial
-
-_NOT_OF_ROWS = ("max_length", "overlong", "turns", "loss_mask", "retrieve")
-"""Settings of the recipe's part on data that read rows do not depend on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +91,7 @@ def sweep_recipe(
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
     require_optuna(space)
     search = make_search(recipe, space)
-    rows = _Rows(recipe, dataset)
+    rows = TrialRows(recipe, dataset)
     dataset = rows.of(recipe)
     if recipe.train.evaluate_every == "never" or not dataset.dev:
         raise RecipeError(
@@ -137,28 +132,8 @@ def _open_folder(folder: Path, *, resume: bool) -> Path:
     return folder
 
 
-class _Rows:
-    """The rows of the trials' recipes, read once for all trials whose settings on rows are the same."""
-
-    def __init__(self, recipe: Recipe, dataset: Dataset | None) -> None:
-        self._read = {} if dataset is None else {self._key(recipe): dataset}
-
-    def of(self, recipe: Recipe) -> Dataset:
-        """Raises DataError as `load_dataset`."""
-        key = self._key(recipe)
-        if key not in self._read:
-            self._read[key] = load_dataset(recipe)
-        return self._read[key]
-
-    @staticmethod
-    def _key(recipe: Recipe) -> str:
-        plain = recipe.model_dump(mode="json")
-        data = {key: value for key, value in plain["data"].items() if key not in _NOT_OF_ROWS}
-        return json.dumps([data, plain["tasks"], recipe.train.seed], sort_keys=True)
-
-
 def _run_trial(
-    recipe: Recipe, search: Search, journal: Journal, trial: Trial, *, folder: Path, rows: _Rows, console: Console
+    recipe: Recipe, search: Search, journal: Journal, trial: Trial, *, folder: Path, rows: TrialRows, console: Console
 ) -> None:
     """Train `trial`, which is under way in the journal, and write down how it ended."""
     run = RunFolder(folder / trial.name)
@@ -180,8 +155,7 @@ def _run_trial(
 
     try:
         own = apply_values(recipe, trial.values, name=trial.name)
-        with _log(run) as stream:
-            log = Console(file=stream, width=120, markup=False, emoji=False, highlight=False)
+        with logging(run) as log:
             dataset = rows.of(own)
             tune_model(own, resume=run.recipe.exists(), runs=folder, console=log, dataset=dataset, on_score=on_score)
         ended = read_progress(list_checkpoints(run)[-1]).ended
@@ -196,12 +170,6 @@ def _run_trial(
     console.print(f"  {_outcome(trial, others)}", soft_wrap=True)
     write_json(folder / "sweep.json", _results(recipe, search, journal.trials))
     _require_hope(journal.trials)
-
-
-def _log(run: RunFolder) -> AbstractContextManager[TextIO]:
-    with writing(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
-        return (run.path / "training.log").open("a", encoding="utf-8")
 
 
 def _outcome(trial: Trial, others: Sequence[Trial]) -> str:

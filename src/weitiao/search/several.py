@@ -1,0 +1,47 @@
+"""What all trainings of a search share: the rows, read once where they can be, and a log in each one's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from ..dataset import Dataset, load_dataset
+from ..recipe import Recipe
+from ..runs import RunFolder, writing
+
+_NOT_OF_ROWS = ("max_length", "overlong", "turns", "loss_mask", "retrieve")
+"""Settings of the recipe's part on data that read rows do not depend on."""
+
+
+class TrialRows:
+    """The rows of the trainings' recipes, read once for all whose settings on rows are the same."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset | None) -> None:
+        """`dataset` is what `load_dataset` made of `recipe`, where that was read already."""
+        self._read = {} if dataset is None else {self._key(recipe): dataset}
+
+    def of(self, recipe: Recipe) -> Dataset:
+        """Raises DataError as `load_dataset`."""
+        key = self._key(recipe)
+        if key not in self._read:
+            self._read[key] = load_dataset(recipe)
+        return self._read[key]
+
+    @staticmethod
+    def _key(recipe: Recipe) -> str:
+        plain = recipe.model_dump(mode="json")
+        data = {key: value for key, value in plain["data"].items() if key not in _NOT_OF_ROWS}
+        return json.dumps([data, plain["tasks"], recipe.train.seed, recipe.rows_seed], sort_keys=True)
+
+
+@contextmanager
+def logging(run: RunFolder) -> Iterator[Console]:
+    """A console that adds to ``training.log`` in the folder of `run`, which is made where it is not there."""
+    with writing(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        stream = (run.path / "training.log").open("a", encoding="utf-8")
+    with stream:
+        yield Console(file=stream, width=120, markup=False, emoji=False, highlight=False)
