@@ -53,8 +53,8 @@ TOP = {"export", "tune", "token_cache", "preparation", "decoding", "dev_scoring"
 """They bring everything together; nothing imports them but each other."""
 
 WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "stopping", "contract", "recipe",
-                 "recipe_part", "recipe_monitor", "recipe_methods", "recipe_problems", "recipe_text", "monitor", "dataset",
-                 "init", "visible", "check", "migrate", "cli", "__init__", "__main__"}  # fmt: skip
+                 "recipe_part", "recipe_monitor", "recipe_methods", "recipe_problems", "recipe_text", "monitor",
+                 "dataset", "init", "visible", "check", "migrate", "cli", "__init__", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "matplotlib"}
 WITH_NUMPY = {"data/near.py", "data/checks.py", "data/pieces.py", "data/postings.py", "render/example_store.py"}
 """A hundred thousand signatures take a second in numpy, minutes without; so does finding equal ones of a million."""

@@ -48,8 +48,8 @@ class Batch:
     """
 
     num_tokens: int
-    """Tokens of its rows, each counted whole. `token_ids` holds a few more where the pass is filled up to a round number,
-    and fewer where rows share their beginnings."""
+    """Tokens of its rows, each counted whole. `token_ids` holds a few more where the pass is filled up to a round
+    number, and fewer where rows share their beginnings."""
     token_ids: Tensor
     """``[1, T]``."""
     positions: Tensor
