@@ -39,6 +39,8 @@ VERBS = {
     "export": "its adapter merged in",
     "runs": "how far each is",
     "watch": "Ends with the training",
+    "sweep": "those that score best on the dev rows",
+    "learning-curve": "does labelling more pay?",
 }
 TEXTS = ("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账")
 LABELS = ("体育", "科技", "财经")

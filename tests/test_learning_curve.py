@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from command_line import light_training, refuse, succeed
+from weitiao.check.examine import Subject, check_subject
 from weitiao.data.mixture import choose_share
 from weitiao.dataset import load_dataset
 from weitiao.errors import RecipeError, ResumeError, RunError
@@ -91,6 +92,13 @@ def test_a_recipe_learns_from_its_share_and_is_scored_on_the_same_rows(recipe: R
     assert {row.source for row in half.train} < {row.source for row in whole.train}
     assert half.fingerprint != whole.fingerprint
     assert "9 of 18 train rows are learnt (data.share: 0.5)." in half.notes
+
+
+def test_check_counts_the_rows_that_are_learnt(recipe: Recipe) -> None:
+    for share, rows in ((1.0, 18), (0.5, 9)):
+        subject = Subject(name="recipe.yaml", recipe=with_data(recipe, share=share), is_recipe=True)
+        plan = check_subject(subject).plan
+        assert plan is not None and plan.work.rows == rows
 
 
 def test_the_split_can_have_a_seed_of_its_own(recipe: Recipe) -> None:

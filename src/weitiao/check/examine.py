@@ -21,7 +21,7 @@ from ..data.files import KNOWN_ENDINGS, find_files
 from ..data.findings import Finding, by_grade, count_of
 from ..data.formats import recognise_format
 from ..data.lengths import LengthCount
-from ..data.mixture import choose_rows, hold_out
+from ..data.mixture import choose_rows, choose_share, hold_out
 from ..data.records import Record, RowCount, iter_records_or_problems
 from ..dataset import merge_tasks, read_options, stratum
 from ..errors import DataError, Problem, RecipeError
@@ -247,7 +247,7 @@ class _Examination:
 
     def _limit(self, path: str, count: int, limit: int, start: int) -> None:
         """Of the rows kept from `start` on, leave those that training uses."""
-        places = choose_rows(count, limit, seed=self._subject.recipe.train.seed, path=path)
+        places = choose_rows(count, limit, seed=self._subject.recipe.rows_seed, path=path)
         self._used[path] = frozenset(places)
         self._limited.append(f"{path}: {limit:,} of {count:,} rows")
         if not self._is_sample:
@@ -267,6 +267,18 @@ class _Examination:
         return self._num_read > len(self._kept)
 
     def _rows(self, tasks: Sequence[Task]) -> Iterator[_Row]:
+        """Every accepted row; its weight is 0 where training leaves it out for `data.share`, on average of a sample."""
+        share, seed = self._subject.recipe.data.share, self._subject.recipe.train.seed
+        if share == 1 or self._is_sample:
+            yield from (row._replace(weight=row.weight * share) for row in self._sided_rows(tasks))
+            return
+        rows = list(self._sided_rows(tasks))
+        train = [place for place, row in enumerate(rows) if row.side == "train"]
+        chosen = choose_share([stratum(rows[place].record, tasks) for place in train], share=share, seed=seed)
+        left_out = set(train).difference(train[place] for place in chosen)
+        yield from (row._replace(weight=0.0) if place in left_out else row for place, row in enumerate(rows))
+
+    def _sided_rows(self, tasks: Sequence[Task]) -> Iterator[_Row]:
         """Every accepted row with its side and weight; read again where not all were kept.
 
         Held-out rows are set apart only where all were kept: they never share an input with a train row.
@@ -285,7 +297,7 @@ class _Examination:
         else:
             kept = [row.record for row in self._kept]
             strata = [stratum(record, tasks) for record in kept]
-            apart = hold_out(kept, strata, share=data.held_out, seed=self._subject.recipe.train.seed)
+            apart = hold_out(kept, strata, share=data.held_out, seed=self._subject.recipe.rows_seed)
             for place, row in enumerate(self._kept):
                 yield row._replace(side="dev") if place in apart else row
 
