@@ -96,7 +96,7 @@ def test_a_recipe_learns_from_its_share_and_is_scored_on_the_same_rows(recipe: R
 
 def test_check_counts_the_rows_that_are_learnt(recipe: Recipe) -> None:
     for share, rows in ((1.0, 18), (0.5, 9)):
-        subject = Subject(name="recipe.yaml", recipe=with_data(recipe, share=share), is_recipe=True)
+        subject = Subject(name="recipe.yaml", recipe=with_data(recipe, share=share), is_recipe=True, has_model=True)
         plan = check_subject(subject).plan
         assert plan is not None and plan.work.rows == rows
 
