@@ -76,13 +76,14 @@ def tune_model(
 def _wanted(resume: bool | int | str | Path, run: RunFolder) -> str:
     """Where the run goes on, as `named_checkpoint` reads it; "" for one that begins.
 
-    Raises RunError when there is no such checkpoint.
+    Raises RunError when there is no such run or checkpoint.
     """
     if resume is False or (resume == "auto" and not run.recipe.exists()):
         return ""
     wanted = LATEST if resume is True or resume == "auto" else str(resume)
-    if run.recipe.exists():
-        named_checkpoint(run, wanted)
+    if not run.recipe.exists():
+        RunFolder.create(run.path, resume=True)  # which refuses to
+    named_checkpoint(run, wanted)
     return wanted
 
 

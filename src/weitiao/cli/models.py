@@ -74,9 +74,9 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Tune the model; the result goes to runs/NAME. Ctrl-C or SIGTERM saves and leaves, twice leaves at once.
+    """Tune the model; the result goes to runs/NAME. Ctrl-C saves and leaves, twice leaves at once.
 
-    A training that a signal other than Ctrl-C has ended exits with code 75: run again with --resume, it goes on.
+    SIGTERM and SIGUSR1 do the same, and the code to exit with is 75: run again with --resume, the training goes on.
     """
     with reporting_errors(), StopSignals(partial(err.print, soft_wrap=True)) as stops:
         try:
@@ -103,7 +103,7 @@ def _train(recipe: Path, overrides: list[str], resume: str | None, stops: StopSi
     print_briefly(check_recipe(loaded, str(recipe)), err)
     from ..tune import tune_model
 
-    tune_model(loaded, resume=resume or False, console=err, dataset=dataset, stops=stops)
+    tune_model(loaded, resume=False if resume is None else resume, console=err, dataset=dataset, stops=stops)
 
 
 @app.command()

@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,10 +66,11 @@ def save_checkpoint(
     progress: Progress,
     *,
     keep: int,
+    overtaken: Collection[Path] = (),
 ) -> Path:
     """Write ``checkpoints/step-NNNNNN`` whole or not at all; returns it.
 
-    Then the oldest beyond `keep` are removed, and those of later steps: training went back behind them.
+    Then the oldest beyond `keep` are removed, and those `overtaken`, which training has gone back behind.
     """
 
     def fill(folder: Path) -> None:
@@ -89,8 +90,9 @@ def save_checkpoint(
 
     path = run.checkpoints / f"step-{progress.step:06}"
     write_checked_folder(path, fill)
-    kept = [one for one in list_checkpoints(run) if step_of(one) <= progress.step][-keep:]
-    for old in list_checkpoints(run):
+    there = list_checkpoints(run)
+    kept = [one for one in there if one == path or one not in overtaken][-keep:]
+    for old in there:
         if old not in kept:
             _remove(old)
     return path

@@ -137,6 +137,9 @@ def train(
     say = partial(console.print, soft_wrap=True)
     if checkpoint := checkpoint_to_go_on_from(run, resume_from, say):
         progress = _load(run, checkpoint, setup, say)
+    elif run.metrics.exists():
+        say("No checkpoint was saved yet: starting from the first step.")
+    overtaken = [path for path in list_checkpoints(run) if step_of(path) > progress.step]
     run.rewind_metrics(progress.step, scored=not progress.unscored)
     if progress.compiled:
         console.print("Compiling the layers: the first step takes about a minute.", soft_wrap=True)
@@ -165,7 +168,9 @@ def train(
 
     def save() -> None:
         dog.enter("saving", step=progress.step)
-        save_checkpoint(run, trained, optimiser, scheduler, progress, keep=settings.keep_checkpoints)
+        keep = settings.keep_checkpoints
+        save_checkpoint(run, trained, optimiser, scheduler, progress, keep=keep, overtaken=overtaken)
+        overtaken.clear()
 
     with display, Watchdog(display.say) as dog, stops, stops.deferring():
         first_step = progress.step + 1

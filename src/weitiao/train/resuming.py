@@ -39,8 +39,8 @@ def named_checkpoint(run: RunFolder, wanted: str) -> Path | None:
         if found:
             return found[0]
         raise RunError(
-            f"{wanted} is no checkpoint of the run {run.path}, so the run cannot go on from there. {_list(there)} To "
-            f"start a new run from another run's adapter, set model.adapter=FOLDER."
+            f"--resume {wanted}: that folder is no checkpoint of the run {run.path}, which cannot go on from there. "
+            f"{_list(there)} To start a new run from another run's adapter, set model.adapter=FOLDER."
         )
     raise RunError(
         f"--resume {wanted}: there is no such folder. Write --resume alone or yes for the newest checkpoint, auto to "
