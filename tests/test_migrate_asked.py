@@ -14,7 +14,7 @@ from command_line import refuse, run_cli, succeed
 from foreign_settings import DEMO, FACTORY, LIUCONGG, LORA, SEED, changed, flags, migrate, write, write_rows
 from weitiao.data.order import num_steps
 from weitiao.errors import RecipeError
-from weitiao.recipe import load_recipe
+from weitiao.recipe import Freeze, Full, load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +61,9 @@ def test_devices_multiply_the_rows_of_a_step() -> None:
 
 
 def test_everything_that_must_be_said_is_asked_for_at_once() -> None:
-    told = refuse("migrate", write("sft.yaml", DEMO), "-o", "new.yaml")
+    told = refuse("migrate", write("sft.yaml", DEMO + "peft_config:\n  peft_type: ADALORA\n"), "-o", "new.yaml")
     assert "--model FOLDER" in told and "--data FOLDER" in told and "--rows N" in told
-    assert "tunes every weight of the model (full fine-tuning)" in told and "--method lora" in told
+    assert "tunes by adalora. weitiao has no such method yet" in told and "--method lora" in told
     assert not Path("new.yaml").exists()
 
 
@@ -76,9 +76,42 @@ def test_full_fine_tuning_becomes_lora_only_where_the_user_says_so() -> None:
     assert reasons["training_args.deepspeed: ds_zero_3.json"] == "weitiao runs on one process so far"
 
 
-@pytest.mark.parametrize("kind", ["freeze", "all"])
-def test_a_method_that_weitiao_lacks_is_named(kind: str) -> None:
-    file = write("train.sh", LIUCONGG.replace("--train_type lora", f"--train_type {kind}"))
+def test_full_fine_tuning_stays_what_it_is() -> None:
+    done = migrate(write("sft.yaml", DEMO), model="THUDM/chatglm3-6b", data=("a.json",), rows=10)
+    assert done.recipe.method == Full()
+    assert done.recipe.train.learning_rate == 5e-5
+    script = migrate(write("train.sh", LIUCONGG.replace("--train_type lora", "--train_type all")))
+    assert script.recipe.method == Full()
+    left = {entry.setting for entry in script.left}
+    assert "--freeze_module_name layers.27." in left and "--lora_dim 16" in left
+
+
+def test_layers_that_learn_become_parts_of_names() -> None:
+    text = LIUCONGG.replace("--train_type lora", "--train_type freeze")
+    named = text.replace('"layers.27."', '"layers.27.,layers.26."')
+    assert migrate(write("a.sh", named)).recipe.method == Freeze(layers=0, parameters=("layers.27.", "layers.26."))
+    other = text.replace("--mode glm ", "--mode glm3 ").replace("ChatGLM-6B/", "chatglm3-6b/")
+    other = other.replace('"layers.27."', "transformer.encoder.layers.27.")
+    assert migrate(write("b.sh", other)).recipe.method == Freeze(layers=0, parameters=("layers.27.",))
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("", Freeze(layers=2)),
+        ("freeze_trainable_layers: 4\nfreeze_extra_modules: norm, lm_head\n",
+         Freeze(layers=4, parameters=("norm", "lm_head"))),
+        ("freeze_trainable_layers: -2\n", Freeze(layers=0, parameters=("layers.0.", "layers.1."))),
+    ],
+)  # fmt: skip
+def test_llama_factorys_frozen_layers(keys: str, expected: Freeze) -> None:
+    done = migrate(write("c.yaml", FACTORY.replace("finetuning_type: lora", "finetuning_type: freeze") + "\n" + keys))
+    assert done.recipe.method == expected
+    assert not any("freeze" in entry.setting for entry in done.left)
+
+
+def test_a_method_that_weitiao_lacks_is_named() -> None:
+    file = write("c.yaml", FACTORY.replace("finetuning_type: lora", "finetuning_type: oft"))
     with pytest.raises(RecipeError, match=r"has no such method yet\. The nearest is LoRA"):
         migrate(file)
     assert migrate(file, method="lora").recipe.method.name == "lora"

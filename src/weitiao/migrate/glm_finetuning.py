@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Literal
 
 from .ledger import DEFAULT, Ledger, Wishes
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 TOLD = "liucongg's train.py"
 _MODES: dict[str, GlmLayout] = {"glm": "chatglm", "glm2": "chatglm2", "glm3": "chatglm3"}
+_ENCODER = re.compile(r"^(transformer\.)?encoder\.")
+"""What stands before the layers in the originals of ChatGLM2 and ChatGLM3, and is called otherwise here."""
 _METHODS: dict[str, Literal["lora", "ptuning_v2", "freeze", "full"]] = {
     "lora": "lora",
     "ptuning": "ptuning_v2",
@@ -73,9 +76,22 @@ def _carry_method(ledger: Ledger, wishes: Wishes) -> None:
                 f"{ledger.spelled('prefix_projection')} is read as it is meant; the original took any word for True."
             )
         ledger.carry("prefix_projection", "method.projection", True if projected is None else projected)
+    elif method == "freeze":
+        _carry_learning_layers(ledger)
     for key in (*prefix, *lora):
         ledger.leave(key, f"the recipe tunes by {method}, which has no such thing", even_off=True)
-    ledger.leave("freeze_module_name", "layers cannot be frozen one by one so far")
+    ledger.leave("freeze_module_name", f"the recipe tunes by {method}", even_off=True)
+
+
+def _carry_learning_layers(ledger: Ledger) -> None:
+    """``method.parameters`` from ``--freeze_module_name``, which names the weights that are *not* frozen."""
+    names = [name.strip() for name in (ledger.text("freeze_module_name") or "layers.27.").split(",")]
+    layout = layout_of(ledger, hint=_MODES.get(ledger.text("mode") or "glm2", "chatglm2"))
+    here = (
+        [_ENCODER.sub("", name) for name in names if name] if layout != "chatglm" else [name for name in names if name]
+    )
+    ledger.carry("freeze_module_name", "method.parameters", here, "these learn, all others are frozen")
+    ledger.imply("method.layers", 0, "the weights that are named, no others")
 
 
 def _carry_training(ledger: Ledger, *, devices: int) -> None:

@@ -182,6 +182,8 @@ def _carry_method(ledger: Ledger, wishes: Wishes) -> None:
     if method == own:
         ledger.carry("finetuning_type", "method.name", method)
     ledger.leave("finetuning_type", f"the recipe tunes by {method}")
+    if method == "freeze" and own == "freeze":
+        _carry_learning_layers(ledger)
     if method != "lora":
         for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora", "use_dora"):
             ledger.leave(key, f"the recipe tunes by {method}")
@@ -198,6 +200,30 @@ def _carry_method(ledger: Ledger, wishes: Wishes) -> None:
     for name in ("rslora", "dora"):
         if (wanted := ledger.flag(f"use_{name}")) is not None:
             ledger.carry(f"use_{name}", f"method.{name}", wanted)
+    if ratio := ledger.number("loraplus_lr_ratio"):
+        ledger.carry("loraplus_lr_ratio", "method.b_learning_rate", ratio)
+    if ledger.flag("pissa_init") and not ledger.flag("use_dora"):  # with DoRA there is one start
+        ledger.carry("pissa_init", "method.init", "pissa")
+
+
+def _carry_learning_layers(ledger: Ledger) -> None:
+    """``method.layers`` and ``method.parameters``: the last layers, or with a negative number the first ones."""
+    count = ledger.whole("freeze_trainable_layers")
+    count = 2 if count is None else count
+    extra = ledger.settings.get("freeze_extra_modules") or ()
+    names = [str(name).strip() for name in (extra.split(",") if isinstance(extra, str) else extra)]
+    if count < 0:
+        first = [f"layers.{number}." for number in range(-count)]
+        ledger.carry("freeze_trainable_layers", "method.parameters", [*first, *names], "the first layers")
+        ledger.imply("method.layers", 0, "the weights that are named, no others")
+        ledger.carry_into("freeze_extra_modules", "method.parameters", "beside the layers")
+    else:
+        ledger.carry("freeze_trainable_layers", "method.layers", count)
+        if names:
+            ledger.carry("freeze_extra_modules", "method.parameters", names, "beside the layers")
+    if (ledger.text("freeze_trainable_modules") or "all") == "all":
+        ledger.needs_no_key("freeze_trainable_modules", "layers learn whole")
+    ledger.leave("freeze_trainable_modules", "layers learn whole here; name their weights in method.parameters instead")
 
 
 def _carry_generation(ledger: Ledger) -> None:

@@ -1,20 +1,22 @@
-"""Which weights an original tunes: LoRA, P-Tuning v2, or a method that weitiao does not have."""
+"""Which weights an original tunes: by LoRA, P-Tuning v2, some layers, all, or a method that weitiao does not have."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from .ledger import Ledger, Wishes
 
-Method = Literal["lora", "ptuning_v2"]
+Method = Literal["lora", "ptuning_v2", "freeze", "full"]
+
+_COMMENTS = {"full": "every weight learns, as in the original", "freeze": "some layers learn, as in the original"}
 
 
-def choose_method(ledger: Ledger, wishes: Wishes, original: Method | Literal["full", "freeze"] | str) -> Method | None:
+def choose_method(ledger: Ledger, wishes: Wishes, original: str) -> Method | None:
     """The method of the recipe: `original` where weitiao has it, else what the user wishes; None when it is asked for.
 
     A wish for another method than the original's own is obeyed, and noted.
     """
-    own: Method | None = "lora" if original == "lora" else "ptuning_v2" if original == "ptuning_v2" else None
+    own = next((method for method in get_args(Method) if method == original), None)
     wish = wishes.method
     told = {
         "full": "tunes every weight of the model (full fine-tuning)",
@@ -29,10 +31,10 @@ def choose_method(ledger: Ledger, wishes: Wishes, original: Method | Literal["fu
         return None
     if wish is not None and wish != own:
         ledger.note(
-            f"The original {told if own is None else f'tunes by {own}'}; the recipe tunes by {wish}, as --method says. "
-            f"What fits the one may not fit the other: look at train.learning_rate above all."
+            f"The original {told}; the recipe tunes by {wish}, as --method says. What fits the one may not fit the "
+            f"other: look at train.learning_rate above all."
         )
-    chosen = wish or own
+    chosen: Method | None = wish or own
     if chosen is not None:
-        ledger.imply("method.name", chosen, "" if wish is None else "--method")
+        ledger.imply("method.name", chosen, _COMMENTS.get(chosen, "") if wish is None else "--method")
     return chosen
