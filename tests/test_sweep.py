@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from command_line import light_training, read_lines, refuse, succeed, write_rows
+from command_line import light_training, read_lines, refuse, run_cli, succeed, write_rows
 from weitiao.errors import RecipeError, ResumeError, RunError
 from weitiao.recipe import Lora, Recipe, load_recipe, make_recipe
 from weitiao.runs import RunFolder
@@ -361,6 +363,29 @@ def test_a_sweep_that_is_killed_twice_goes_on_as_if_it_had_not_been(
 
 def summary(trial: Trial) -> dict[str, Any]:
     return {key: value for key, value in trial.to_json().items() if key != "seconds"}
+
+
+def test_ctrl_c_saves_the_trial_and_says_what_goes_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (tmp_path / "space.yaml").write_text("search: grid\nparameters: {method.rank: [2, 4]}\n", encoding="utf-8")
+    score = Journal.score
+
+    def score_and_press(journal: Journal, trial: Trial, **settings: Any) -> None:
+        score(journal, trial, **settings)
+        if len(journal.trials) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "score", score_and_press)
+        stopped = run_cli("sweep", "recipe.yaml", "space.yaml", "train.epochs=2")
+    assert stopped.exit_code == 130
+    assert "saving after this step" in stopped.stderr
+    assert "Go on with: weitiao sweep recipe.yaml space.yaml train.epochs=2 --resume" in stopped.stderr
+    states = [trial.state for trial in Journal(Path("runs/rows-sweep/trials.jsonl")).trials]
+    assert states == ["finished", "running"]
+    assert "trial-001" in succeed("sweep", "recipe.yaml", "space.yaml", "train.epochs=2", "--resume")
 
 
 def test_trials_that_diverge_or_fail_are_results(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

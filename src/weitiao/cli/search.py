@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,10 +13,29 @@ import typer
 from rich.table import Table
 
 from ..errors import RecipeError
+from ..stopping import Stopped, StopSignals
 from .base import Overrides, RecipeArgument, app, err, out, reporting_errors
 
 if TYPE_CHECKING:
     from ..search.sweep import Sweep
+
+
+@contextmanager
+def _stoppable(
+    folder_ending: str, recipe: Path, overrides: list[str] | None, words: list[str]
+) -> Iterator[StopSignals]:
+    """Errors told, and after a signal the command that goes on: the same, with --resume once the folder has begun."""
+    with reporting_errors(), StopSignals(partial(err.print, soft_wrap=True)) as stops:
+        try:
+            yield stops
+        except Stopped as stopped:
+            from ..recipe import load_recipe
+
+            name = load_recipe(recipe, overrides or ()).name
+            begun = (Path("runs") / f"{name}{folder_ending}" / "data.json").exists()
+            again = shlex.join(["weitiao", *words, *(overrides or ()), *(["--resume"] if begun else [])])
+            raise Stopped(stopped.signal_name, go_on=again) from None
+
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where it was broken off.")]
 
@@ -35,7 +58,7 @@ def sweep(
     """
     from ..recipe import load_recipe
 
-    with reporting_errors():
+    with _stoppable("-sweep", recipe, overrides, ["sweep", str(recipe), str(space)]) as stops:
         loaded = load_recipe(recipe, overrides or ())
         from ..dataset import load_dataset
         from ..search.space import load_space, make_search
@@ -45,7 +68,7 @@ def sweep(
         dataset = load_dataset(loaded)
         from ..search.sweep import sweep_recipe
 
-        found = sweep_recipe(loaded, declared, resume=resume, console=err, dataset=dataset)
+        found = sweep_recipe(loaded, declared, resume=resume, console=err, dataset=dataset, stops=stops)
     _print_trials(found)
 
 
@@ -81,7 +104,8 @@ def learning_curve(
     """
     from ..recipe import load_recipe
 
-    with reporting_errors():
+    words = ["learning-curve", str(recipe), "--shares", shares, "--seeds", str(seeds)]
+    with _stoppable("-curve", recipe, overrides, words) as stops:
         percents = _percents(shares)
         loaded = load_recipe(recipe, overrides or ())
         from ..dataset import load_dataset
@@ -97,6 +121,7 @@ def learning_curve(
             resume=resume,
             console=err,
             dataset=dataset,
+            stops=stops,
         )
     table = Table("task", "metric", *(f"{percent:g} %" for percent in percents))
     for curve in found.curves:

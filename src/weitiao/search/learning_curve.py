@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..evaluate.scored_files import read_scored
 from ..evaluation import TUNED, evaluate_run
 from ..recipe import Recipe, make_recipe
 from ..runs import RunFolder, write_json, write_text, writing
+from ..stopping import StopSignals
 from ..tasks.base import Task, add_counts
 from ..train.checkpoint import require_same
 from ..tune import tune_model
@@ -105,6 +107,7 @@ def learning_curve(
     runs: str | Path = "runs",
     console: Console | None = None,
     dataset: Dataset | None = None,
+    stops: StopSignals | None = None,
 ) -> LearningCurve:
     """Train `recipe` on shares of its rows; the folder ``runs/NAME-curve`` then holds the runs and what they show.
 
@@ -119,10 +122,12 @@ def learning_curve(
         runs: where the folder is made.
         console: where progress is shown; each training's own goes to ``training.log`` in its folder.
         dataset: what `load_dataset` made of the recipe, where that was read already.
+        stops: the signals that ask for the end, where the caller catches them already.
 
     Raises:
         RecipeError, DataError: before anything is written.
         RunError, ResumeError: the folder holds a curve already, or none to resume, or one of other rows or settings.
+        Stopped: a signal asked for the end, such as Ctrl-C; the training under way finished its step and was saved.
     """
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
     shares = tuple(shares)
@@ -138,10 +143,10 @@ def learning_curve(
     folder = Path(runs) / f"{recipe.name}-curve"
     _open_folder(folder, resume=resume)
     require_same(RunFolder(folder), {"recipe": recipe.model_dump(mode="json"), "data": whole.fingerprint})
-    for (share, seed), own in recipes.items():
-        run = RunFolder(folder / own.name)
-        console.print(f"{share:.0%} of the rows, seed {seed}: {len(rows.of(own).train)} rows", soft_wrap=True)
-        _train_and_score(own, run, rows.of(own))
+    with stops or StopSignals(partial(console.print, soft_wrap=True)) as catching:
+        for (share, seed), own in recipes.items():
+            console.print(f"{share:.0%} of the rows, seed {seed}: {len(rows.of(own).train)} rows", soft_wrap=True)
+            _train_and_score(own, RunFolder(folder / own.name), rows.of(own), catching)
     answers = {place: _Answers(folder / own.name) for place, own in recipes.items()}
     curves = _curves(whole.tasks, shares, seeds, counts, answers)
     shown = {curve.task for curve in curves}
@@ -191,11 +196,11 @@ def _recipe_of(recipe: Recipe, share: float, seed: int) -> Recipe:
     return make_recipe(plain)
 
 
-def _train_and_score(recipe: Recipe, run: RunFolder, dataset: Dataset) -> None:
+def _train_and_score(recipe: Recipe, run: RunFolder, dataset: Dataset, stops: StopSignals) -> None:
     """Leave a finished and evaluated run, going on from what is there."""
     with logging(run) as log:
         if not run.contract.exists():
-            tune_model(recipe, resume=run.recipe.exists(), runs=run.path.parent, console=log, dataset=dataset)
+            tune_model(recipe, resume="auto", runs=run.path.parent, console=log, dataset=dataset, stops=stops)
         if not (run.evaluations / "dev" / "report.json").exists():
             evaluate_run(run.path, base=False, shots=(), unconstrained=False, console=log)
 

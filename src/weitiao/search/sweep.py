@@ -19,6 +19,7 @@ from ..dataset import Dataset
 from ..errors import DivergedError, RecipeError, RunError, WeitiaoError
 from ..recipe import Recipe
 from ..runs import RunFolder, clear_leftovers, write_json, write_text, writing
+from ..stopping import StopSignals
 from ..train.checkpoint import list_checkpoints, read_progress, require_same
 from ..tune import tune_model
 from .choosing import choose_values, require_optuna
@@ -67,6 +68,7 @@ def sweep_recipe(
     runs: str | Path = "runs",
     console: Console | None = None,
     dataset: Dataset | None = None,
+    stops: StopSignals | None = None,
 ) -> Sweep:
     """Search `space` around `recipe`; the folder ``runs/NAME-sweep`` then holds a run for every trial and the results.
 
@@ -80,13 +82,14 @@ def sweep_recipe(
         runs: where the folder is made.
         console: where progress is shown; each trial's own goes to ``training.log`` in its folder.
         dataset: what `load_dataset` made of the recipe, where that was read already.
+        stops: the signals that ask for the end, where the caller catches them already.
 
     Raises:
         RecipeError, DataError: before anything is written.
         RunError: the folder holds a search already, or none to resume, or cannot be written; the first trials
             all failed alike.
         ResumeError: recipe, space or rows are others than when the search began.
-        KeyboardInterrupt: Ctrl-C; the step of the trial under way was finished and saved.
+        Stopped: a signal asked for the end, such as Ctrl-C; the trial under way finished its step and was saved.
     """
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
     require_optuna(space)
@@ -102,18 +105,19 @@ def sweep_recipe(
     depends_on = {"recipe": recipe.model_dump(mode="json"), "space": search.to_json(), "data": dataset.fingerprint}
     require_same(RunFolder(folder), depends_on)
     journal = Journal(folder / "trials.jsonl")
-    run = partial(_run_trial, recipe, search, journal, folder=folder, rows=rows, console=console)
     write_json(folder / "sweep.json", _results(recipe, search, journal.trials))
-    for trial in journal.trials:
-        if trial.state in ("running", "failed"):
-            journal.again(trial)
-            run(trial)
-    while len(journal.trials) < search.num_trials:
-        values = choose_values(search, journal.trials)
-        if values is None:
-            console.print(f"All {len(journal.trials)} combinations were tried.", soft_wrap=True)
-            break
-        run(journal.begin(values))
+    with stops or StopSignals(partial(console.print, soft_wrap=True)) as catching:
+        run = partial(_run_trial, recipe, search, journal, folder=folder, rows=rows, console=console, stops=catching)
+        for trial in journal.trials:
+            if trial.state in ("running", "failed"):
+                journal.again(trial)
+                run(trial)
+        while len(journal.trials) < search.num_trials:
+            values = choose_values(search, journal.trials)
+            if values is None:
+                console.print(f"All {len(journal.trials)} combinations were tried.", soft_wrap=True)
+                break
+            run(journal.begin(values))
     return _finish(recipe, search, journal.trials, folder)
 
 
@@ -133,7 +137,15 @@ def _open_folder(folder: Path, *, resume: bool) -> Path:
 
 
 def _run_trial(
-    recipe: Recipe, search: Search, journal: Journal, trial: Trial, *, folder: Path, rows: TrialRows, console: Console
+    recipe: Recipe,
+    search: Search,
+    journal: Journal,
+    trial: Trial,
+    *,
+    folder: Path,
+    rows: TrialRows,
+    console: Console,
+    stops: StopSignals,
 ) -> None:
     """Train `trial`, which is under way in the journal, and write down how it ended."""
     run = RunFolder(folder / trial.name)
@@ -157,7 +169,7 @@ def _run_trial(
         own = apply_values(recipe, trial.values, name=trial.name)
         with logging(run) as log:
             dataset = rows.of(own)
-            tune_model(own, resume=run.recipe.exists(), runs=folder, console=log, dataset=dataset, on_score=on_score)
+            tune_model(own, resume="auto", runs=folder, console=log, dataset=dataset, on_score=on_score, stops=stops)
         ended = read_progress(list_checkpoints(run)[-1]).ended
         journal.end(trial, "stopped" if ended else "finished", reason=ended, seconds=seconds())
     except DivergedError as error:
