@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {"errors"},
     "contract": {"errors", "runs"},
     "stopping": set(),
+    "launch": {"errors"},
     "recipe_problems": set(),
     "recipe_part": set(),
     "recipe_monitor": {"recipe_part"},
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "check": {"errors", "messages", "data", "tasks", "render", "recipe", "dataset", "runs", "visible", "models"},
     "migrate": {"errors", "data", "recipe", "runs", "models"},
     "tuning": {"errors", "recipe", "models"},
-    "train": {"errors", "data", "tasks", "render", "recipe", "runs", "stopping", "models", "tuning"},
+    "train": {"errors", "data", "tasks", "render", "recipe", "runs", "stopping", "launch", "models", "tuning"},
     "generate": {"errors", "messages", "tasks", "render", "models"},
     "evaluate": {"errors", "messages", "data", "tasks", "render", "runs", "visible", "generate"},
 }
@@ -52,9 +53,10 @@ TOP = {"export", "tune", "token_cache", "preparation", "decoding", "dev_scoring"
        "evaluation", "prompting", "search", "cli", "__init__", "__main__"}  # fmt: skip
 """They bring everything together; nothing imports them but each other."""
 
-WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "stopping", "contract", "recipe",
-                 "recipe_part", "recipe_monitor", "recipe_methods", "recipe_problems", "recipe_text", "monitor",
-                 "dataset", "init", "visible", "check", "migrate", "cli", "__init__", "__main__"}  # fmt: skip
+WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "stopping", "launch", "contract",
+                 "recipe", "recipe_part", "recipe_monitor", "recipe_methods", "recipe_problems", "recipe_text",
+                 "monitor", "dataset", "init", "visible", "check", "migrate", "cli", "__init__",
+                 "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "matplotlib"}
 WITH_NUMPY = {"data/near.py", "data/checks.py", "data/pieces.py", "data/postings.py", "render/example_store.py"}
 """A hundred thousand signatures take a second in numpy, minutes without; so does finding equal ones of a million."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
@@ -13,12 +14,14 @@ from .evaluate.predict import Answerer, as_prediction, read_reply
 from .evaluate.prediction import Prediction
 from .evaluate.score import score_side
 from .evaluate.user_metrics import UserMetric, measure_rows
+from .generate.chat import Reply
 from .generate.engine import cache_bytes
 from .models.adapters import base_model
 from .preparation import Prepared
 from .recipe import Recipe
 from .runs import Sample
 from .train.loop import OnEval, Scoring
+from .train.ranks import ALONE, Ranks
 
 _SAMPLES_PER_TASK = 3
 """Enough to see what changes from scoring to scoring; the report of an evaluation shows all rows."""
@@ -37,10 +40,13 @@ def scoring_bytes(recipe: Recipe, prepared: Prepared) -> int:
     )
 
 
-def make_on_eval(recipe: Recipe, prepared: Prepared, metrics: Sequence[UserMetric] = ()) -> OnEval | None:
+def make_on_eval(
+    recipe: Recipe, prepared: Prepared, metrics: Sequence[UserMetric] = (), *, ranks: Ranks = ALONE
+) -> OnEval | None:
     """What the loop calls to score the dev rows: the same asking and scoring as `evaluate_run`.
 
-    `metrics` are the user's own, which may choose the best checkpoint. None when no rows are scored.
+    `metrics` are the user's own, which may choose the best checkpoint. Each of `ranks` asks for a share of the
+    rows, and the first scores them all. None when no rows are scored.
     """
     places = prepared.scored(recipe.train)
     records = [prepared.dev_rows.records[place] for place in places]
@@ -57,7 +63,13 @@ def make_on_eval(recipe: Recipe, prepared: Prepared, metrics: Sequence[UserMetri
             batch_rows=recipe.generate.batch_rows,
             constrain=recipe.generate.constrain,
         )
-        replies = {reply.index: reply for reply in answerer.answer(records, tasks)}
+        own = range(ranks.rank, len(records), ranks.size)
+        answered = answerer.answer([records[place] for place in own], [tasks[place] for place in own])
+        gathered = ranks.gather([replace(reply, index=own[reply.index]) for reply in answered])
+        return ranks.by_first(lambda: score([reply for replies in gathered for reply in replies]))
+
+    def score(all_replies: Sequence[Reply]) -> Scoring:
+        replies = {reply.index: reply for reply in all_replies}
         predictions = [
             as_prediction(record, task, read_reply(record, task, replies[index]))
             for index, (record, task) in enumerate(zip(records, tasks, strict=True))

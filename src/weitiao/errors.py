@@ -9,6 +9,7 @@
     ├── ModelError           a checkpoint that cannot be found, read or used
     ├── RunError             a run directory: exists, is missing a part, cannot be written
     │   ├── DivergedError    the loss or its gradient is no finite number any more
+    │   ├── LostProcessError one of several processes that train together has ended
     │   └── ResumeError      data, recipe or base model changed since the checkpoint
     └── ContractError        a contract broken: another base model, unknown task, other version
 
@@ -76,6 +77,10 @@ class RunError(WeitiaoError):
 
 class DivergedError(RunError):
     """Training has diverged: no step of this run can be learnt from any more."""
+
+
+class LostProcessError(RunError):
+    """One of the processes that train a run together has ended, so none of them can go on."""
 
 
 class ResumeError(RunError):

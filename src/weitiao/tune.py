@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,8 @@ from .environment import environment
 from .errors import RecipeError
 from .evaluate.best import OVERALL, rehearse
 from .evaluate.slices import count_labels
-from .evaluate.user_metrics import copy_metric_files, load_metrics
+from .evaluate.user_metrics import UserMetric, copy_metric_files, load_metrics
+from .launch import Launch, read_launch
 from .models.adapters import adapter_fingerprint
 from .models.opening import OpenModel
 from .models.own_weights import computing_dtype
@@ -31,6 +34,7 @@ from .runs import RunFolder, write_bytes, write_json, write_text, writing
 from .stopping import Stopped, StopSignals
 from .train.checkpoint import require_same, rust_os_errors
 from .train.loop import OnScore, Outcome, train
+from .train.ranks import Ranks, joined
 from .train.resuming import LATEST, named_checkpoint
 
 _VOLATILE = {
@@ -50,8 +54,12 @@ def tune_model(
     dataset: Dataset | None = None,
     on_score: OnScore | None = None,
     stops: StopSignals | None = None,
+    ranks: Ranks | None = None,
 ) -> RunFolder:
     """Train as `recipe` says; the run folder ``runs/NAME`` then holds the adapter and its contract.
+
+    Where torchrun or accelerate launched several processes, each calls this with the same arguments, and the first
+    writes. Those that were started anew after one had ended go on from the newest checkpoint by themselves.
 
     Args:
         recipe: what to train, on what and how.
@@ -62,22 +70,31 @@ def tune_model(
         dataset: what `load_dataset` made of the recipe, where that was read already.
         on_score: told of each scoring of the dev rows; may end the training there.
         stops: the signals that ask for the end, where the caller catches them already.
+        ranks: the processes that train together, where the caller has joined them already.
 
     Raises:
         DataError, ModelError, RunError, ResumeError: before anything is written, or with what was written whole.
         Stopped: a signal asked for the end, such as Ctrl-C; after the first one the step was finished and saved.
+        LostProcessError: another one of the processes has ended.
     """
-    console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
-    with stops or StopSignals(partial(console.print, soft_wrap=True)) as catching:
-        wanted = _wanted(resume, RunFolder(Path(runs) / recipe.name))
-        return _tune(recipe, wanted, Path(runs), console, dataset, on_score, catching)
+    launch, run = read_launch(), RunFolder(Path(runs) / recipe.name)
+    with joined(launch) if ranks is None else nullcontext(ranks) as together:
+        if console is None or not together.is_first:
+            console = Console(stderr=True, markup=False, emoji=False, highlight=False, quiet=not together.is_first)
+        with stops or StopSignals(partial(console.print, soft_wrap=True)) as catching:
+            wanted = together.by_first(lambda: _wanted(resume, run, launch))
+            return _tune(recipe, wanted, run, console, dataset, on_score, catching, together)
 
 
-def _wanted(resume: bool | int | str | Path, run: RunFolder) -> str:
+def _wanted(resume: bool | int | str | Path, run: RunFolder, launch: Launch | None) -> str:
     """Where the run goes on, as `named_checkpoint` reads it; "" for one that begins.
+
+    One that this very launch has begun, before it was started anew, goes on from its newest checkpoint.
 
     Raises RunError when there is no such run or checkpoint.
     """
+    if launch is not None and launch.restarts and launch.key and _begun_by(run) == launch.key:
+        return LATEST
     if resume is False or (resume == "auto" and not run.recipe.exists()):
         return ""
     wanted = LATEST if resume is True or resume == "auto" else str(resume)
@@ -87,18 +104,32 @@ def _wanted(resume: bool | int | str | Path, run: RunFolder) -> str:
     return wanted
 
 
+def _begun_by(run: RunFolder) -> str:
+    """The key of the launch that last trained `run`; "" where none did."""
+    if not (run.recipe.exists() and run.environment.exists()):
+        return ""
+    return str(json.loads(run.environment.read_text(encoding="utf-8")).get("launch", ""))
+
+
 def _tune(
     recipe: Recipe,
     wanted: str,
-    runs: Path,
+    run: RunFolder,
     console: Console,
     dataset: Dataset | None,
     on_score: OnScore | None,
     stops: StopSignals,
+    ranks: Ranks,
 ) -> RunFolder:
     """`tune_model`, with what it was given read."""
     require_packages(recipe.monitor)
-    require_idle(RunFolder(runs / recipe.name))
+    require_idle(run)
+    if (idle := ranks.size - recipe.train.batch_size) > 0:
+        console.print(
+            f"note: train.batch_size is {recipe.train.batch_size}, and {ranks.size} processes share the rows of a "
+            f"step: {idle} of them have none.",
+            soft_wrap=True,
+        )
     prepared = prepare(recipe, console=console, dataset=dataset)
     dataset, opened = prepared.dataset, prepared.opened
     reading = describe_sources([(source.path, read_options(source, recipe.data)) for source in recipe.data.train])
@@ -117,16 +148,13 @@ def _tune(
             best_by=recipe.evaluate.best_by,
             metrics=metrics,
         )
-    run = RunFolder.create(runs / recipe.name, resume=bool(wanted))
-    require_same(run, _depends_on(recipe, dataset, opened))
+    ranks.require_same({"rows": dataset.fingerprint, "weights of the base model": opened.fingerprint})
+    if ranks.is_first:
+        RunFolder.create(run.path, resume=bool(wanted))
+        require_same(run, _depends_on(recipe, dataset, opened))
     with following(recipe, run, resume=bool(wanted), say=partial(console.print, soft_wrap=True)) as followers:
-        if not run.recipe.exists():
-            write_text(run.recipe, recipe.to_yaml())
-        write_json(run.environment, environment().to_json())
-        write_json(run.label_counts, count_labels(dataset.train, dataset.train_tasks))
-        copy_metric_files(metrics, run.path)
-        if prepared.neighbours is not None:
-            write_bytes(run.neighbours, prepared.neighbours.to_bytes())
+        if ranks.is_first:
+            _describe_run(recipe, prepared, run, metrics, ranks)
         outcome = train(
             prepared.model,
             prepared.train_rows.examples,
@@ -136,23 +164,40 @@ def _tune(
             run=run,
             tasks=prepared.train_tasks,
             dev_tasks=prepared.dev_tasks,
-            on_eval=make_on_eval(recipe, prepared, metrics),
+            on_eval=make_on_eval(recipe, prepared, metrics, ranks=ranks),
             on_score=on_score,
             scoring_bytes=scoring_bytes(recipe, prepared),
             followers=followers,
             resume_from=wanted or LATEST,
             name_row=prepared.train_source,
             stops=stops,
+            ranks=ranks,
             console=console,
         )
         if not outcome.finished:
             console.print(f"Saved at step {outcome.step} of {outcome.steps}. Continue with --resume.", soft_wrap=True)
-            raise Stopped(stops.asked)
-        with writing(run.adapter), rust_os_errors():
-            opened.tokenizer.save_pretrained(str(run.adapter))
-        _contract(recipe, prepared, run, reading).write(run.contract)
+            raise Stopped(stops.asked or "SIGTERM")  # else it was another process that was asked
+        if ranks.is_first:
+            with writing(run.adapter), rust_os_errors():
+                opened.tokenizer.save_pretrained(str(run.adapter))
+            _contract(recipe, prepared, run, reading).write(run.contract)
     _say_done(console, run, outcome)
     return run
+
+
+def _describe_run(
+    recipe: Recipe, prepared: Prepared, run: RunFolder, metrics: Sequence[UserMetric], ranks: Ranks
+) -> None:
+    """Write what the run is and where it is trained; the recipe only the first time."""
+    dataset, launch = prepared.dataset, read_launch()
+    if not run.recipe.exists():
+        write_text(run.recipe, recipe.to_yaml())
+    together = {"processes": ranks.size, "launch": launch.key} if launch is not None else {}
+    write_json(run.environment, {**environment().to_json(), **together})
+    write_json(run.label_counts, count_labels(dataset.train, dataset.train_tasks))
+    copy_metric_files(metrics, run.path)
+    if prepared.neighbours is not None:
+        write_bytes(run.neighbours, prepared.neighbours.to_bytes())
 
 
 def _say_done(console: Console, run: RunFolder, outcome: Outcome) -> None:

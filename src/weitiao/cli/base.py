@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ..data.reading import Said
 from ..errors import DataError, WeitiaoError
+from ..launch import require_alone
 from ..stopping import Stopped
 
 app = typer.Typer(
@@ -49,6 +50,14 @@ Sheet = Annotated[str | None, typer.Option(help="Name of a spreadsheet's sheet; 
 
 MAX_PROBLEMS = 200
 """Problems printed at most; the count is always whole."""
+
+
+@app.callback()
+def _require_alone(context: typer.Context) -> None:
+    # a comment, since a docstring here would be the program's help: all verbs but one are done by one process
+    if context.invoked_subcommand not in (None, "train"):
+        with reporting_errors():
+            require_alone(str(context.invoked_subcommand))
 
 
 @contextmanager

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
 from ..errors import RecipeError
+from ..launch import read_launch
 from ..stopping import Stopped, StopSignals
 from .base import (
     BaseModel,
@@ -33,6 +35,7 @@ from .base import (
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation
+    from ..train.ranks import Ranks
 
 
 class ResumableCommand(TyperCommand):
@@ -78,7 +81,7 @@ def train(
 
     SIGTERM and SIGUSR1 do the same, and the code to exit with is 75: run again with --resume, the training goes on.
     """
-    with reporting_errors(), StopSignals(partial(err.print, soft_wrap=True)) as stops:
+    with reporting_errors(), StopSignals(partial(_console().print, soft_wrap=True)) as stops:
         try:
             _train(recipe, overrides or [], resume, stops)
         except Stopped as stopped:
@@ -90,7 +93,24 @@ def train(
             raise Stopped(stopped.signal_name, go_on=shlex.join(words)) from None
 
 
+def _console() -> Console:
+    """Where this process tells of a training: nowhere when it is one of several and not the first."""
+    launch = read_launch()
+    return err if launch is None or launch.rank == 0 else Console(quiet=True)
+
+
 def _train(recipe: Path, overrides: list[str], resume: str | None, stops: StopSignals) -> None:
+    if (launch := read_launch()) is not None:
+        from ..train.ranks import joined  # first of all, so that what ends one process is told once and ends all
+
+        with joined(launch) as ranks:
+            return _train_here(recipe, overrides, resume, stops, ranks)
+    return _train_here(recipe, overrides, resume, stops)
+
+
+def _train_here(
+    recipe: Path, overrides: list[str], resume: str | None, stops: StopSignals, ranks: Ranks | None = None
+) -> None:
     from ..recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -100,10 +120,18 @@ def _train(recipe: Path, overrides: list[str], resume: str | None, stops: StopSi
     from ..check.examine import check_recipe
     from ..check.terminal import print_briefly
 
-    print_briefly(check_recipe(loaded, str(recipe)), err)
+    if ranks is None or ranks.is_first:
+        print_briefly(check_recipe(loaded, str(recipe)), err)
     from ..tune import tune_model
 
-    tune_model(loaded, resume=False if resume is None else resume, console=err, dataset=dataset, stops=stops)
+    tune_model(
+        loaded,
+        resume=False if resume is None else resume,
+        console=_console(),
+        dataset=dataset,
+        stops=stops,
+        ranks=ranks,
+    )
 
 
 @app.command()

@@ -67,6 +67,20 @@ def num_steps(weights: Sequence[float], *, batch_size: int, seed: int, epochs: f
     return max(1, sum(per_epoch[:whole]) + round((epochs - whole) * (per_epoch[-1] if epochs > whole else 0)))
 
 
+def share_rows(lengths: Sequence[int], *, parts: int) -> list[list[int]]:
+    """The places of a step's rows in `parts` shares of about as many tokens; some are empty where rows are few.
+
+    Longest first, each to the share that has least: ``[900, 300, 700, 400]`` in two → ``[[0, 1], [2, 3]]``.
+    """
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    sums = [0] * parts
+    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
+        least = sums.index(min(sums))
+        shares[least].append(place)
+        sums[least] += lengths[place]
+    return [sorted(share) for share in shares]
+
+
 def share_passes(lengths: Sequence[int], *, tokens_per_pass: int) -> list[list[int]]:
     """The places of a step's rows in as few passes as fit `tokens_per_pass`; a longer row gets a pass of its own.
 

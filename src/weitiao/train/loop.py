@@ -40,9 +40,11 @@ from .memory import peak_bytes
 from .model import TrainedModel, check_head
 from .plan import make_plan, will_compile
 from .progress import Follower, TrainingDisplay, draw_curve, format_seconds
+from .ranks import ALONE, Ranks
 from .resuming import LATEST, checkpoint_to_go_on_from
-from .step import Setup, set_up, step_batches, take_step
-from .task_losses import TaskSums, add_sums, mean_by_task, sum_by_task
+from .shared_prompts import PromptSharing
+from .step import Setup, seed_dropout, set_up, step_batches, take_step
+from .task_losses import TaskSums, add_sums, mean_by_task, sum_by_row, sum_by_task
 from .trouble import NameRow, SpikeWatch, describe_spike, explain_divergence, worst_rows
 from .watchdog import Watchdog
 
@@ -95,6 +97,7 @@ def train(
     resume_from: str = LATEST,
     name_row: NameRow | None = None,
     stops: StopSignals | None = None,
+    ranks: Ranks = ALONE,
     console: Console | None = None,
 ) -> Outcome:
     """Tune the trainable parameters of `model`; on return ``run.adapter`` holds the best adapter.
@@ -117,30 +120,34 @@ def train(
         resume_from: the checkpoint to go on from, as ``--resume`` names it; by default the newest that is whole.
         name_row: tells where an example came from, for rows that must be named; by default its number.
         stops: the signals that ask for the end, where the caller catches them already.
+        ranks: the processes that train together, each with the same arguments; only the first writes into `run`.
         console: where progress is shown.
 
     Raises:
         DivergedError: the loss is no finite number any more; the checkpoints stand.
         RunError: no checkpoint can be read, or something cannot be written.
         Stopped: a signal came, and another one before what the first one asked for was done.
+        LostProcessError: another one of `ranks` has ended.
     """
     console = console or Console(stderr=True, markup=False, emoji=False, highlight=False)
     base = base_model(model)
-    plan = make_plan(base, examples, weights, settings, scoring_bytes=scoring_bytes)
+    plan = make_plan(base, examples, weights, settings, scoring_bytes=scoring_bytes, processes=ranks.size)
     console.print(plan.describe(), soft_wrap=True)
-    setup = set_up(model, settings, steps=plan.steps)
+    setup = set_up(model, settings, steps=plan.steps, ranks=ranks)
     trained, optimiser, scheduler = setup.trained, setup.optimiser, setup.scheduler
     device = setup.accelerator.device
     check_head(trained, make_probe(examples, row_prefix=trained.row_prefix).to(device))
 
-    progress = Progress(step=0, compiled=will_compile(settings, plan.seconds))
+    progress = Progress(step=0, compiled=ranks.by_first(lambda: will_compile(settings, plan.seconds)))
     say = partial(console.print, soft_wrap=True)
-    if checkpoint := checkpoint_to_go_on_from(run, resume_from, say):
+    if checkpoint := ranks.by_first(lambda: checkpoint_to_go_on_from(run, resume_from, say)):
         progress = _load(run, checkpoint, setup, say)
+        seed_dropout(settings, ranks, step=progress.step, resumed=True)
     elif run.metrics.exists():
         say("No checkpoint was saved yet: starting from the first step.")
     overtaken = [path for path in list_checkpoints(run) if step_of(path) > progress.step]
-    run.rewind_metrics(progress.step, scored=not progress.unscored)
+    if ranks.is_first:
+        run.rewind_metrics(progress.step, scored=not progress.unscored)
     if progress.compiled:
         console.print("Compiling the layers: the first step takes about a minute.", soft_wrap=True)
         trained.compile_layers()
@@ -152,31 +159,40 @@ def train(
     }
     order = step_rows(weights, batch_size=settings.batch_size, seed=settings.seed, first_step=progress.step)
     display = TrainingDisplay(
-        run, total_steps=plan.steps, first_step=progress.step, console=console, followers=followers
+        run if ranks.is_first else None,
+        total_steps=plan.steps,
+        first_step=progress.step,
+        console=console,
+        followers=followers,
     )
     name_row, spikes, saved_at = name_row or _number, SpikeWatch(), time.monotonic()
     stops = stops or StopSignals(display.say)
+    sharing = PromptSharing(trained, settings, display.say)
 
     def settle(progress: Progress) -> Progress:
         """With the scoring done that is due; still due when a signal breaks it off."""
         if progress.unscored:
             dog.enter("scoring the dev rows", step=progress.step)
-            progress = _score(trained, dev_examples, dev_tasks, on_eval, settings, run, model, progress, display, stops)
-            if on_score is not None and progress.last_score is not None and not progress.unscored:
-                progress = replace(progress, ended=on_score(progress.step, plan.steps, progress.last_score))
+            progress = _score(setup, dev_examples, dev_tasks, on_eval, settings, run, model, progress, display, stops)
+            score = progress.last_score
+            if on_score is not None and score is not None and not progress.unscored:
+                why = ranks.by_first(lambda: on_score(progress.step, plan.steps, score))
+                progress = replace(progress, ended=why)
         return progress
 
     def save() -> None:
         dog.enter("saving", step=progress.step)
-        keep = settings.keep_checkpoints
-        save_checkpoint(run, trained, optimiser, scheduler, progress, keep=keep, overtaken=overtaken)
+        if ranks.is_first:
+            save_checkpoint(
+                run, trained, optimiser, scheduler, progress, keep=settings.keep_checkpoints, overtaken=overtaken
+            )
         overtaken.clear()
 
     with display, Watchdog(display.say) as dog, stops, stops.deferring():
         first_step = progress.step + 1
         if progress.unscored:  # a signal broke this scoring off
             progress = settle(progress)
-            if stops.asked:
+            if ranks.agree_to_stop(stops.asked):
                 return _outcome(progress, plan.steps, finished=False)
             save()
         stopped_early = _is_to_stop(settings, progress)  # when a stopped run is resumed
@@ -186,7 +202,9 @@ def train(
             _, rows = next(order)
             row_tasks = [tasks[row] for row in rows] if tasks else [""] * len(rows)
             step_examples = [examples[row] for row in rows]
-            batches = step_batches(step_examples, row_tasks, settings, device, row_prefix=trained.row_prefix)
+            known = (step_examples, row_tasks, settings, device)
+            make_passes = partial(step_batches, *known, row_prefix=trained.row_prefix, ranks=ranks)
+            batches = sharing.lay_out(step_examples, make_passes)
             compiling = progress.compiled and step == first_step
             dog.enter("compiling and training" if compiling else "training", step=step)
             try:
@@ -203,15 +221,16 @@ def train(
                 # the signal has reached a compiler's process too; what was learnt since the checkpoint is lost
                 display.say(f"Step {step} was broken off by the signal ({type(error).__name__}); nothing is saved.")
                 raise Stopped(stops.asked) from error
+            row_sums = sum_by_row(batches, token_losses, len(rows), ranks)
             if (median := spikes.jumped_from(loss)) is not None:
-                worst = worst_rows(batches, token_losses, rows)
+                worst = worst_rows(row_sums, rows)
                 display.say(describe_spike(step, loss, median, worst, name_row))
             if not math.isfinite(grad_norm):
                 display.say(
                     f"Step {step}: the gradient overflowed float16. Nothing was learnt; the loss scale is halved."
                 )
-            progress = _advance(progress, step, loss, sum_by_task(batches, token_losses, row_tasks), started)
-            display.advance(step, sum(batch.num_tokens for batch in batches))
+            progress = _advance(progress, step, loss, sum_by_task(row_sums, row_tasks), started)
+            display.advance(step, sum(len(example) for example in step_examples))
 
             last = step == plan.steps
             if step % settings.log_every == 0 or last:
@@ -230,27 +249,28 @@ def train(
             ends_epoch = step in epoch_ends
             scoring_due = _is_due(settings.evaluate_every, step, ends_epoch=ends_epoch, last=last)
             progress = settle(replace(progress, unscored=scoring_due and bool(dev_examples)))
-            stopped_early = _is_to_stop(settings, progress)
+            stopped_early, asked = _is_to_stop(settings, progress), ranks.agree_to_stop(stops.asked)
             save_due = _is_due(settings.save_every, step, ends_epoch=ends_epoch, last=last)
-            if save_due or stops.asked or stopped_early or _is_old(saved_at, settings.save_minutes):
+            if save_due or asked or stopped_early or _is_old(saved_at, settings.save_minutes):
                 save()
                 saved_at = time.monotonic()
             if stopped_early:
                 why = progress.ended or f"No better score in {settings.patience} scorings: stopping at step {step}."
                 display.say(why)
                 break
-            if stops.asked and (progress.unscored or not last):
+            if asked and (progress.unscored or not last):
                 return _outcome(progress, plan.steps, finished=False)
-    _keep_best(run, model, progress)
-    draw_curve(run.curve, run.read_metrics())
-    display.drew(progress.step)
+    if ranks.is_first:
+        _keep_best(run, model, progress)
+        _draw(run, display, progress)
     return _outcome(progress, plan.steps, finished=True)
 
 
 def _load(run: RunFolder, checkpoint: Path, setup: Setup, say: Callable[[str], None]) -> Progress:
     """Everything as it was when `checkpoint` was saved, ``run.best`` included; says so."""
     progress = load_checkpoint(checkpoint, setup.trained, setup.optimiser, setup.scheduler)
-    if progress.best_score is not None and (damage := restore_best(run, checkpoint)):
+    has_best = progress.best_score is not None
+    if has_best and (damage := setup.ranks.by_first(lambda: restore_best(run, checkpoint))):
         say(
             f"The best adapter so far, of step {progress.best_step}, is damaged ({damage} in {checkpoint}/best). The "
             f"best of the scorings from here on is kept."
@@ -301,8 +321,13 @@ def _is_due(rhythm: int | str, step: int, *, ends_epoch: bool, last: bool) -> bo
     return last or (ends_epoch if rhythm == "epoch" else step % int(rhythm) == 0)
 
 
+def _draw(run: RunFolder, display: TrainingDisplay, progress: Progress) -> None:
+    draw_curve(run.curve, run.read_metrics())
+    display.drew(progress.step)
+
+
 def _score(
-    trained: TrainedModel,
+    setup: Setup,
     dev_examples: Sequence[Example],
     dev_tasks: Sequence[str],
     on_eval: OnEval | None,
@@ -315,12 +340,13 @@ def _score(
 ) -> Progress:
     """Dev loss and task scores; keeps the adapter in ``run.best`` when it is the best so far.
 
-    A signal breaks it off: `progress` is returned as it was, and the scoring is still to be done.
+    A signal breaks it off: `progress` is returned as it was, and the scoring is still to be done. Not where several
+    processes score together: they would break off at different places, and wait for each other.
     """
-    started = time.monotonic()
+    started, trained, ranks = time.monotonic(), setup.trained, setup.ranks
     try:
-        with stops.breaking_off():
-            loss, task_losses = dev_loss(trained, dev_examples, dev_tasks, settings)
+        with stops.breaking_off() if ranks.size == 1 else nullcontext():
+            loss, task_losses = dev_loss(trained, dev_examples, dev_tasks, settings, ranks)
             scoring = Scoring(overall=-loss, tasks={})
             if on_eval is not None:
                 with trained.generating() as generator:
@@ -331,7 +357,8 @@ def _score(
     progress = replace(progress, last_score=scoring.overall, unscored=False)
     better = progress.best_score is None or scoring.overall > progress.best_score
     if better:
-        write_checked_folder(run.best, lambda folder: _save(model, folder))
+        if ranks.is_first:
+            write_checked_folder(run.best, lambda folder: _save(model, folder))
         progress = replace(progress, best_score=scoring.overall, best_step=progress.step, scorings_since_best=0)
     else:
         progress = replace(progress, scorings_since_best=progress.scorings_since_best + 1)
@@ -339,8 +366,8 @@ def _score(
     display.record({"kind": "dev", "step": progress.step, **dev_figures})
     if scoring.samples:
         display.show_samples(progress.step, scoring.samples)
-    draw_curve(run.curve, run.read_metrics())
-    display.drew(progress.step)
+    if ranks.is_first:
+        _draw(run, display, progress)
     figures = "  ".join(f"{name} {scores['primary']:.3f}" for name, scores in scoring.tasks.items())
     seconds = time.monotonic() - started
     display.leave_out(seconds)
@@ -351,9 +378,13 @@ def _score(
 
 
 def dev_loss(
-    trained: TrainedModel, dev_examples: Sequence[Example], dev_tasks: Sequence[str], settings: Train
+    trained: TrainedModel,
+    dev_examples: Sequence[Example],
+    dev_tasks: Sequence[str],
+    settings: Train,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, dict[str, float]]:
-    """Mean loss per learnt token of the dev rows, of all and by task."""
+    """Mean loss per learnt token of the dev rows, of all and by task; each of `ranks` computes a share of them."""
     device = trained.model.device
     even = settings.model_copy(update={"row_balance": 0.0, "task_weights": {}})
     trained.eval()
@@ -362,11 +393,12 @@ def dev_loss(
         for start in range(0, len(dev_examples), settings.batch_size):
             rows = dev_examples[start : start + settings.batch_size]
             row_tasks = dev_tasks[start : start + settings.batch_size] or [""] * len(rows)
-            batches = step_batches(rows, row_tasks, even, device, row_prefix=trained.row_prefix)
+            batches = step_batches(rows, row_tasks, even, device, row_prefix=trained.row_prefix, ranks=ranks)
             token_losses = [torch.empty(len(batch.targets), device=device) for batch in batches]
             for batch, losses in zip(batches, token_losses, strict=True):
                 trained(batch, losses)
-            sums = add_sums(sums, sum_by_task(batches, token_losses, row_tasks))
+            row_sums = sum_by_row(batches, token_losses, len(rows), ranks)
+            sums = add_sums(sums, sum_by_task(row_sums, row_tasks))
     trained.train()
     total, count = (math.fsum(part) for part in zip(*sums.values(), strict=True))
     return total / count, mean_by_task(sums)

@@ -55,15 +55,18 @@ class Plan:
     """Estimated peak."""
     seconds: float
     """Estimated without compiling; the first steps give a better figure."""
+    processes: int = 1
+    """How many share the rows of each step; the memory is that of one of them."""
 
     def describe(self) -> str:
         """Three lines for people."""
         share = self.supervised_per_epoch / max(1, self.tokens_per_epoch)
+        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
         return (
             f"{self.rows} rows, {self.tokens_per_epoch:,} tokens an epoch ({share:.0%} of them learnt), longest row "
             f"{self.longest} tokens\n"
             f"{self.steps} optimiser steps; {self.trainable:,} of {self.parameters:,} parameters learn\n"
-            f"about {self.memory_bytes / 2**30:.1f} GB of memory and {format_seconds(self.seconds)} (h:)min:s"
+            f"about {self.memory_bytes / 2**30:.1f} GB of memory{each} and {format_seconds(self.seconds)} (h:)min:s"
         )
 
 
@@ -74,8 +77,12 @@ def make_plan(
     settings: Train,
     *,
     scoring_bytes: int = 0,
+    processes: int = 1,
 ) -> Plan:
-    """Estimate the run of `model` (adapter in place) over `examples`; `scoring_bytes`: memory that scoring adds."""
+    """Estimate the run of `model` (adapter in place) over `examples`, by `processes` that share the rows of each step.
+
+    `scoring_bytes` is the memory that scoring adds.
+    """
     lengths, learnt = lengths_of(examples).tolist(), supervised_of(examples).tolist()
     tokens = round(sum(length * weight for length, weight in zip(lengths, weights, strict=True)))
     supervised = round(sum(count * weight for count, weight in zip(learnt, weights, strict=True)))
@@ -90,9 +97,10 @@ def make_plan(
         flops += 2 * (trainable - of_head) * tokens + 2 * of_head * supervised
     if settings.gradient_checkpointing:
         flops += 2 * body * tokens
-    longest, most = max(lengths), sum(heapq.nlargest(settings.batch_size, lengths))
+    longest, most = max(lengths), sum(heapq.nlargest(-(-settings.batch_size // processes), lengths))
     per_pass = max(longest, min(settings.tokens_per_pass, most)) if settings.packing else longest
-    seconds = flops * settings.epochs / (_EAGER_EFFICIENCY * _matrix_peak(head.dtype, head.device))
+    peak = processes * _matrix_peak(head.dtype, head.device)
+    seconds = flops * settings.epochs / (_EAGER_EFFICIENCY * peak)
     memory = _memory(model, per_pass, trainable, checkpointing=settings.gradient_checkpointing)
     steps = num_steps(weights, batch_size=settings.batch_size, seed=settings.seed, epochs=settings.epochs)
     return Plan(
@@ -105,6 +113,7 @@ def make_plan(
         parameters=parameters,
         memory_bytes=memory + scoring_bytes + later_bytes(head.device, steps=steps),
         seconds=seconds,
+        processes=processes,
     )
 
 

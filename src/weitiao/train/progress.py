@@ -40,14 +40,14 @@ class TrainingDisplay:
 
     def __init__(
         self,
-        run: RunFolder,
+        run: RunFolder | None,
         *,
         total_steps: int,
         first_step: int,
         console: Console,
         followers: Sequence[Follower] = (),
     ) -> None:
-        self._run, self._total, self._console = run, total_steps, console
+        self._run, self._total, self._console = run, total_steps, console  # no run: another process writes into it
         self._first, self._started = first_step, time.monotonic()
         self._tokens = 0
         self._followers = followers
@@ -90,20 +90,23 @@ class TrainingDisplay:
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Add `line` to metrics.jsonl and tell the followers of it."""
-        self._run.append_metrics(dict(line))
+        if self._run is not None:
+            self._run.append_metrics(dict(line))
         for follower in self._followers:
             follower.record(line)
 
     def show_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Add `samples` to samples.jsonl and tell the followers of them."""
-        self._run.append_samples(step, samples)
+        if self._run is not None:
+            self._run.append_samples(step, samples)
         for follower in self._followers:
             follower.show_samples(step, samples)
 
     def drew(self, step: int) -> None:
         """Tell the followers that the run's curve was drawn anew."""
-        for follower in self._followers:
-            follower.drew(step, self._run.curve)
+        if self._run is not None:
+            for follower in self._followers:
+                follower.drew(step, self._run.curve)
 
     def log(
         self,

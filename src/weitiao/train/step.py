@@ -6,6 +6,7 @@ The loop takes thousands of them; a probe takes three to foretell how long that 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
-from ..data.order import share_passes
+from ..data.order import share_passes, share_rows
 from ..errors import DivergedError
 from ..models.adapters import base_model
 from ..models.own_weights import computing_dtype
@@ -25,6 +26,7 @@ from ..render.base import Example
 from ..tuning.pace import pace_of
 from .batches import ROUND_TOKENS, Batch, TellPrefix, make_batches
 from .model import TrainedModel
+from .ranks import ALONE, Ranks
 
 _DEAD_LOSS = 0.1
 """Above this loss a gradient of exactly zero means that the model is broken, not that it has learnt everything."""
@@ -42,20 +44,38 @@ class Setup:
     optimiser: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     accelerator: Accelerator
+    ranks: Ranks = ALONE
+    """The processes that take each step together."""
 
 
-def set_up(model: PreTrainedModel | PeftModel, settings: Train, *, steps: int) -> Setup:
-    """The trainable parameters of `model` with their optimiser and a schedule of `steps` steps."""
+def set_up(model: PreTrainedModel | PeftModel, settings: Train, *, steps: int, ranks: Ranks = ALONE) -> Setup:
+    """The trainable parameters of `model` with their optimiser and a schedule of `steps` steps.
+
+    In all of `ranks` they have the values of the first.
+    """
     base = base_model(model)
     if settings.gradient_checkpointing:
         base.activation_checkpointing_enable()
-    torch.manual_seed(settings.seed)
+    seed_dropout(settings, ranks, step=0)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision=_mixed_precision(base))
     optimiser = _make_optimiser(model, settings)
     scheduler = _make_scheduler(optimiser, settings, steps)
     trained = TrainedModel(base, packing=settings.packing)
-    trained, optimiser = accelerator.prepare(trained, optimiser)
-    return Setup(trained=trained, optimiser=optimiser, scheduler=scheduler, accelerator=accelerator)
+    # made ready without a data-parallel wrapper: take_step adds the gradients, once for all passes of a step
+    trained, optimiser = accelerator.prepare_model(trained, evaluation_mode=True), accelerator.prepare(optimiser)
+    ranks.copy_from_first([parameter for parameter in trained.parameters() if parameter.requires_grad])
+    return Setup(trained=trained, optimiser=optimiser, scheduler=scheduler, accelerator=accelerator, ranks=ranks)
+
+
+def seed_dropout(settings: Train, ranks: Ranks, *, step: int, resumed: bool = False) -> None:
+    """Have each of `ranks` draw numbers of its own from here on.
+
+    The first draws those of a process that is alone: from the recipe's seed, or on as the checkpoint has it.
+    """
+    if not ranks.is_first:
+        torch.manual_seed(random.Random(f"{settings.seed}/{step}/{ranks.rank}").getrandbits(63))
+    elif not resumed:
+        torch.manual_seed(settings.seed)
 
 
 def _mixed_precision(model: PreTrainedModel) -> str:
@@ -98,9 +118,17 @@ def step_batches(
     device: torch.device,
     *,
     row_prefix: TellPrefix | None = None,
+    ranks: Ranks = ALONE,
+    share: bool = False,
 ) -> list[Batch]:
-    """The passes of a step over `rows`, on `device`; `row_prefix` tells a row's context, see `TrainedModel`."""
+    """The passes of a step over `rows`, on `device`; `row_prefix` tells a row's context, see `TrainedModel`.
+
+    With `share`, what rows begin with alike is computed once where that pays; see `PromptSharing`.
+
+    Of several `ranks` each has passes of its own, of about as many tokens, or none when there are too few rows.
+    """
     limit, round_to = _pass_rules(settings)
+    own = None if ranks.size == 1 else share_rows([len(row) for row in rows], parts=ranks.size)[ranks.rank]
     batches = make_batches(
         rows,
         tokens_per_pass=limit,
@@ -108,6 +136,8 @@ def step_batches(
         row_weights=[settings.task_weights.get(task, 1.0) for task in row_tasks],
         round_to=round_to,
         row_prefix=row_prefix,
+        places=own,
+        share=share,
     )
     return [batch.to(device) for batch in batches]
 
@@ -125,7 +155,7 @@ def _pass_rules(settings: Train) -> tuple[int, int]:
 
 
 def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> tuple[float, float, list[Tensor]]:
-    """One optimiser step over the passes in `batches`.
+    """One optimiser step over the passes in `batches`, and over those of the other processes where there are any.
 
     Returns the step's loss, the gradient's norm, and for each pass the losses of its learnt tokens. The norm is not
     finite where float16 gradients overflowed: then nothing was learnt, and the loss is scaled by half as much from now.
@@ -140,7 +170,9 @@ def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> tuple[
         loss = trained(batch, losses)
         accelerator.backward(loss)
         total += loss.item()
+    total = setup.ranks.add(torch.tensor(total, dtype=torch.float64)).item()
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    setup.ranks.add_gradients(parameters)
     norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
     # weights so large that a norm layer's variance is infinite give hidden states of zero: no gradient, ever again
     dead = norm == 0 and total > _DEAD_LOSS

@@ -8,27 +8,39 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
+from .ranks import ALONE, Ranks
 
 TaskSums = Mapping[str, tuple[float, int]]
 """For each task, the sum of its tokens' losses and how many tokens they are."""
 
 
-def sum_by_task(batches: Sequence[Batch], token_losses: Sequence[Tensor], row_tasks: Sequence[str]) -> TaskSums:
+def sum_by_row(batches: Sequence[Batch], token_losses: Sequence[Tensor], num_rows: int, ranks: Ranks = ALONE) -> Tensor:
+    """For each of a step's rows the sum of its tokens' losses and how many they are, ``[2, num_rows]`` float64.
+
+    Args:
+        batches: the passes that this process computed.
+        token_losses: for each of them, the losses of its learnt tokens.
+        num_rows: how many rows the step has.
+        ranks: the processes that computed the step together; each is given all rows.
+    """
+    sums = torch.zeros(2, num_rows, dtype=torch.float64)
+    for batch, losses in zip(batches, token_losses, strict=True):
+        sums[0].index_add_(0, batch.owners, losses.double().cpu())
+        sums[1] += torch.bincount(batch.owners, minlength=num_rows)
+    return ranks.add(sums)
+
+
+def sum_by_task(row_sums: Tensor, row_tasks: Sequence[str]) -> TaskSums:
     """The losses of one optimiser step by task.
 
     Args:
-        batches: the step's passes.
-        token_losses: for each pass, the losses of its learnt tokens.
+        row_sums: as `sum_by_row` gives them.
         row_tasks: for each of the step's rows, the name of its task.
     """
-    sums, counts = torch.zeros(len(row_tasks), dtype=torch.float64), torch.zeros(len(row_tasks), dtype=torch.long)
-    for batch, losses in zip(batches, token_losses, strict=True):
-        sums.index_add_(0, batch.owners, losses.double().cpu())
-        counts += torch.bincount(batch.owners, minlength=len(row_tasks))
     found: dict[str, tuple[float, int]] = {}
-    for task, total, count in zip(row_tasks, sums.tolist(), counts.tolist(), strict=True):
+    for task, total, count in zip(row_tasks, *row_sums.tolist(), strict=True):
         before = found.get(task, (0.0, 0))
-        found[task] = (before[0] + total, before[1] + count)
+        found[task] = (before[0] + total, before[1] + int(count))
     return found
 
 

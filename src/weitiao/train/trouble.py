@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..recipe import Train
 from ..render.base import Example
-from .batches import Batch
 from .model import TrainedModel
 from .step import step_batches
 
@@ -24,6 +23,9 @@ _MADS = 6.0
 _LEAST_JUMP = 0.25
 """Smaller jumps, as a share of the median, are not told: where losses hardly scatter, six deviations are nothing."""
 
+_SMALL_LOSS = 0.01
+"""Below this a loss is learnt as well as can be, and how it scatters tells nothing."""
+
 _MOST_NAMED = 10
 _NUM_OTHERS = 4
 
@@ -31,39 +33,35 @@ _NUM_OTHERS = 4
 class SpikeWatch:
     """Tells when a step's loss jumps out of what the steps before it had; once for a jump, however long it lasts.
 
-    A jump is more than six median absolute deviations above the median of the last hundred losses (for normal errors
-    that is four standard deviations), and more than a quarter above the median.
+    A jump is more than six median absolute deviations above the median of the logarithms of the last hundred losses,
+    and more than a quarter above their median. Of logarithms, because losses lie skew above zero: where these scatter
+    normally, a jump is told in every five thousandth step without one; with the losses themselves, in every hundredth.
     """
 
     def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=_HISTORY)
+        self._logs: deque[float] = deque(maxlen=_HISTORY)
         self._inside = False
 
     def jumped_from(self, loss: float) -> float | None:
         """The median that `loss` jumped from; None when it did not, or was told as jumped already."""
+        here = math.log(max(loss, 0.0) + _SMALL_LOSS)
         median, limit = math.inf, math.inf
-        if len(self._losses) >= _FEWEST:
-            median = statistics.median(self._losses)
-            deviation = statistics.median(abs(one - median) for one in self._losses)
-            limit = median + max(_MADS * deviation, _LEAST_JUMP * abs(median))
-        self._losses.append(loss)
-        began = loss > limit and not self._inside
-        self._inside = loss > limit
-        return median if began else None
+        if len(self._logs) >= _FEWEST:
+            median = statistics.median(self._logs)
+            deviation = statistics.median(abs(one - median) for one in self._logs)
+            limit = median + max(_MADS * deviation, math.log1p(_LEAST_JUMP))
+        self._logs.append(here)
+        began = here > limit and not self._inside
+        self._inside = here > limit
+        return math.exp(median) - _SMALL_LOSS if began else None
 
 
-def worst_rows(
-    batches: Sequence[Batch], token_losses: Sequence[Tensor], rows: Sequence[int], *, count: int = 3
-) -> list[tuple[int, float]]:
+def worst_rows(row_sums: Tensor, rows: Sequence[int], *, count: int = 3) -> list[tuple[int, float]]:
     """The `count` rows of a step with the highest mean loss per learnt token: place among the examples, that loss.
 
-    `rows` are the places of the step's rows, `token_losses` the losses of each pass, as `take_step` gives them.
+    `rows` are the places of the step's rows, `row_sums` their losses, as `sum_by_row` gives them.
     """
-    sums, counts = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
-    for batch, losses in zip(batches, token_losses, strict=True):
-        sums.index_add_(0, batch.owners, losses.double().cpu())
-        counts += torch.bincount(batch.owners, minlength=len(rows))
-    means = (sums / counts.clamp(min=1)).tolist()
+    means = (row_sums[0] / row_sums[1].clamp(min=1)).tolist()
     return sorted(zip(rows, means, strict=True), key=lambda pair: -pair[1])[:count]
 
 

@@ -1,0 +1,77 @@
+"""Whether this process is one of several that a launcher, such as torchrun, started to train one run together.
+
+What the launcher says stands in the environment; nothing is joined here, and torch is not needed to read it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from .errors import RunError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """What a launcher told this process."""
+
+    rank: int
+    """This process's number among all, from 0."""
+    size: int
+    """How many processes there are, those on other machines included."""
+    local_rank: int
+    """This process's number among those on this machine."""
+    restarts: int
+    """How often the launcher has started the processes anew, after one of them had ended."""
+    key: str
+    """The same for all restarts of one launch, and another for every other launch; "" where none is known."""
+
+
+def read_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
+    """What the launcher of this process told it; None for a process that was started by itself.
+
+    Raises:
+        RunError: `environ` speaks of several processes, but not as torchrun and accelerate do.
+    """
+    size, known = environ.get("WORLD_SIZE"), [name for name in ("RANK", "LOCAL_RANK") if name in environ]
+    if size is None or (size == "1" and not known):
+        return None
+    if len(known) < 2 or "MASTER_ADDR" not in environ:
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in environ]
+        raise RunError(
+            f"WORLD_SIZE is {size}, but {' and '.join(missing)} are not set. Start the processes with torchrun or "
+            f"accelerate launch, or unset WORLD_SIZE to train in this process alone."
+        )
+    return Launch(
+        rank=int(environ["RANK"]),
+        size=int(size),
+        local_rank=int(environ["LOCAL_RANK"]),
+        restarts=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        key=_key(environ),
+    )
+
+
+def require_alone(verb: str) -> None:
+    """Raise RunError when a launcher started several processes to do `verb`, which one process does.
+
+    All of them would do the whole of it, and write the same files.
+    """
+    launch = read_launch()
+    if launch is not None and launch.size > 1:
+        raise RunError(
+            f"weitiao {verb} is done by one process, but {launch.size} were launched (WORLD_SIZE={launch.size}). Run "
+            f"it without torchrun or accelerate launch; only weitiao train takes several processes."
+        )
+
+
+def _key(environ: Mapping[str, str]) -> str:
+    """Of one machine the launcher's own process; of several, the name that their launch was given."""
+    if environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        launcher = psutil.Process(os.getppid())
+        return f"{platform.node()}/{launcher.pid}/{launcher.create_time():.0f}"
+    name = environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name

@@ -1,0 +1,85 @@
+"""Trainings by several processes on this machine: rows, a recipe, torchrun, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from weitiao.runs import RunFolder
+
+TEXTS = ("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账")
+LABELS = ("体育", "科技", "财经")
+PATIENCE_SECONDS = 280
+
+
+def write_recipe(folder: Path, model: Path, *, rows: int = 24, **train: Any) -> Path:
+    """`folder` with rows.jsonl of different lengths and recipe.yaml, in float32 and without dropout."""
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as stream:
+        for number in range(rows):
+            text = TEXTS[number % 12] * (1 + number * 7 % 23)
+            context = f"Instruction: 回答。\nInput: 选一个标签。\n\n{text}{number}\nAnswer: "
+            target = json.dumps([LABELS[number % 12 // 4]], ensure_ascii=False)
+            stream.write(json.dumps({"context": context, "target": target}, ensure_ascii=False) + "\n")
+    settings = {"batch_size": 8, "learning_rate": 5e-3, "log_every": 1, "compile": "never", "save_every": 2, **train}
+    recipe = {
+        "name": "whole",
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": "rows.jsonl"},
+        "method": {"dropout": 0.0},
+        "train": settings,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return folder
+
+
+def start(folder: Path, *words: str, processes: int = 1, restarts: int = 0) -> subprocess.Popen[str]:
+    """`weitiao train recipe.yaml WORDS` in `folder`, under torchrun where there are several processes.
+
+    What it says comes from its stdout, which must be read.
+    """
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += [f"--max-restarts={restarts}"]
+    command += ["-m", "weitiao", "train", "recipe.yaml", *words]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def train(folder: Path, *words: str, processes: int = 1) -> str:
+    """What a training says that ends as it should."""
+    process = start(folder, *words, processes=processes)
+    said, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, said
+    return said
+
+
+def run_of(folder: Path, name: str) -> RunFolder:
+    return RunFolder(folder / "runs" / name)
+
+
+def lines_of(run: RunFolder, kind: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of `kind`, train or dev."""
+    return [line for line in run.read_metrics() if line["kind"] == kind]
+
+
+def adapter_of(run: RunFolder) -> dict[str, Tensor]:
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def furthest(one: RunFolder, other: RunFolder) -> float:
+    """The largest difference of a number in two runs' adapters."""
+    a, b = adapter_of(one), adapter_of(other)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a) if a else float(torch.inf)
