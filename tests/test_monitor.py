@@ -286,7 +286,9 @@ def test_a_monitor_that_leaves_the_program_does_not_end_the_training() -> None:
     run, said = make_run(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(several, "make_monitor", lambda options: Broken(raising(SystemExit(3))))
-        monitors = start_monitors(recipe_with("wandb").monitor, run, recipe_with("wandb"), resume=False, say=said.append)
+        monitors = start_monitors(
+            recipe_with("wandb").monitor, run, recipe_with("wandb"), resume=False, say=said.append
+        )
         monitors.record(TRAIN_LINE)
         monitors.record(TRAIN_LINE)
         monitors.finish("finished")
@@ -380,7 +382,9 @@ def test_swanlab_without_a_network(mode: str) -> None:
         assert not [file for file in written if file.stat().st_size > 1]
         return
     ((told),) = said
-    assert told.startswith({"offline": "monitor swanlab: swanlab sync ", "local": "monitor swanlab: swanlab watch "}[mode])
+    assert told.startswith(
+        {"offline": "monitor swanlab: swanlab sync ", "local": "monitor swanlab: swanlab watch "}[mode]
+    )
     content = b"".join(file.read_bytes() for file in written)
     for name in ("train/loss", "train/task_loss/标签", "dev/score/标签/f1", "dev/samples", "curve"):
         assert name.encode() in content, name
@@ -406,7 +410,7 @@ def test_wandb_offline() -> None:
     assert all(name in content for name in (b"train/loss", "dev/score/标签/f1".encode(), b"dev/samples", b"curve"))
     assert list(folder.rglob("*.png"))
     assert list(folder.rglob("*.table.json"))
-    with pytest.raises(RunError, match="nobody is logged in. Run wandb login, set WANDB_API_KEY"):
+    with pytest.raises(RunError, match=r"nobody is logged in\. Run wandb login, set WANDB_API_KEY"):
         show_everything(make_recipe({**PLAIN, "monitor": "wandb"}), resume=False)
 
 

@@ -14,6 +14,7 @@ from rich.live import Live
 from .base import app, err, out, reporting_errors
 
 LOOK_AGAIN_SECONDS = 1.0
+_WIDTH_OF_A_FILE = 200
 
 
 @app.command()
@@ -33,10 +34,16 @@ def runs(
     if not found:
         err.print(f"There are no runs in {folder}.")
         return
-    out.print(runs_table(found), soft_wrap=False)
+    screen = _screen(None if out.is_terminal else _WIDTH_OF_A_FILE)
+    screen.print(runs_table(found, width=screen.width))
     for run in found:
         if run.reason:
             out.print(f"{run.name}: {run.reason}")
+
+
+def _screen(width: int | None = None) -> Console:
+    """Where tables are cut at the edge, as `out` does not."""
+    return Console(markup=False, emoji=False, highlight=False, width=width)
 
 
 @app.command()
@@ -53,7 +60,7 @@ def watch(run: Annotated[Path, typer.Argument(help="A run, such as runs/rows: ru
         if not run.is_dir():
             raise RunError(f"There is no run folder {run}. Runs are made by: weitiao train RECIPE.yaml")
         shown = summarise(run)
-        screen = Console(markup=False, emoji=False, highlight=False)  # tables are to be cut at the screen's edge
+        screen = _screen()
         try:
             with Live(console=screen, auto_refresh=False, vertical_overflow="crop") as live:
                 while True:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +9,7 @@ from ..recipe import Recipe
 from ..runs import RunFolder
 from .base import Ending
 from .several import Monitors, start_monitors, without_secrets
-from .state import Attendance
+from .state import Attendance, leads
 
 
 @contextmanager
@@ -24,7 +23,7 @@ def following(
     Raises:
         RunError: the run is being trained already, or a monitor of a new run cannot be started.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not leads():
         yield ()
         return
     attendance, monitors = Attendance(run, say=say), Monitors(())

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -19,6 +20,7 @@ from .summary import RunSummary
 _BARS = "▁▂▃▄▅▆▇█"
 _SCORINGS_SHOWN = 6
 _LONGEST_CELL = 160
+_NARROW = 120
 _COLOURS = {"running": "cyan", "finished": "green", "interrupted": "yellow", "died": "red", "unreadable": "red"}
 
 
@@ -39,19 +41,22 @@ def sparkline(values: Sequence[float], width: int = 20) -> str:
     return "".join(_BARS[round((value - low) * scale)] if math.isfinite(value) else " " for value in values)
 
 
-def runs_table(runs: Sequence[RunSummary]) -> Table:
-    """One row for each run."""
-    table = Table("run", "model", "method", "step", "status", "best score", "loss", "", "started", "time")
+def runs_table(runs: Sequence[RunSummary], *, width: int = 160) -> Table:
+    """One row for each run; a narrow screen has no place for what the recipe says."""
+    narrow = width < _NARROW
+    titles = ["run", *([] if narrow else ["model", "method"]), "step", "status", "best", "loss", "", "started", "time"]
+    table = Table(*titles, box=SIMPLE_HEAD, pad_edge=False)
+    for column, title in zip(table.columns, titles, strict=True):
+        column.no_wrap = title not in ("run", "model")
     for run in runs:
         table.add_row(
             _plain(run.name),
-            _plain(run.model),
-            _plain(run.method),
+            *([] if narrow else [_plain(run.model), _plain(run.method)]),
             f"{run.step}/{run.steps}" if run.steps else str(run.step),
             _status(run),
             "" if run.best_score is None else f"{run.best_score:.3f}",
             f"{run.losses[-1]:.4f}" if run.losses else "",
-            sparkline(run.losses),
+            sparkline(run.losses, 8 if narrow else 20),
             _time_of_day(run.started),
             "" if run.seconds is None else told_seconds(run.seconds),
         )
@@ -141,7 +146,7 @@ def _cell(text: str) -> Text:
 def _time_of_day(seconds: float | None) -> str:
     if seconds is None:
         return ""
-    return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+    return datetime.datetime.fromtimestamp(seconds).strftime("%m-%d %H:%M")
 
 
 def told_seconds(seconds: float) -> str:

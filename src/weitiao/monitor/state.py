@@ -23,7 +23,7 @@ from ..errors import RunError
 from ..runs import RunFolder, Sample, write_json
 from .base import Ending
 
-HEARTBEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 2.0
 DEAD_AFTER_SECONDS = 120.0
 """A process on another machine counts as dead when its heartbeat is older; shared folders show files late."""
 
@@ -91,11 +91,19 @@ def read_state(run: RunFolder) -> RunState | None:
         raise RunError(f"{run.state} cannot be read ({error}). Delete it: the next training writes it anew.") from None
 
 
+def leads() -> bool:
+    """Whether this process is the first, or the only one, of those that train a run together."""
+    return os.environ.get("RANK", "0") == "0"  # as torchrun and Accelerate number them
+
+
 def require_idle(run: RunFolder) -> None:
     """Raise RunError when another living process on this machine trains the run: two would spoil each other's files.
 
-    Of processes on other machines the heartbeat alone tells, and it tells late that a machine is lost.
+    Of processes on other machines the heartbeat alone tells, and it tells late that a machine is lost. Of several
+    processes that train one run together, only the first asks.
     """
+    if not leads():
+        return
     state = read_state(run)
     here = state is not None and state.host == platform.node() and state.pid != os.getpid()
     if state is not None and here and state.is_alive(time.time()):
