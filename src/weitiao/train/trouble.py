@@ -52,7 +52,7 @@ class SpikeWatch:
             limit = median + max(_MADS * deviation, math.log1p(_LEAST_JUMP))
         self._logs.append(here)
         began = here > limit and not self._inside
-        self._inside = here > limit
+        self._inside = here > ((median + limit) / 2 if self._inside else limit)  # not in and out again at the limit
         return math.exp(median) - _SMALL_LOSS if began else None
 
 

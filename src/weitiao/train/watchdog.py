@@ -19,8 +19,10 @@ _LOOKS_PER_SILENCE = 20
 class Watchdog:
     """Watches, in a thread of its own, that one phase follows the other."""
 
-    def __init__(self, say: Callable[[str], None], *, silent_seconds: float = SILENT_SECONDS) -> None:
-        self._say, self._silent_seconds = say, silent_seconds
+    def __init__(self, say: Callable[[str], None], *, silent_seconds: float | None = None) -> None:
+        """`say` is told after `silent_seconds`, by default `SILENT_SECONDS`."""
+        self._say = say
+        self._silent_seconds = SILENT_SECONDS if silent_seconds is None else silent_seconds
         self._watched = threading.get_ident()
         self._phase, self._began, self._told = "starting", time.monotonic(), 0
         self._longest: dict[str, float] = {}
