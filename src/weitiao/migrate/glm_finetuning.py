@@ -87,9 +87,7 @@ def _carry_learning_layers(ledger: Ledger) -> None:
     """``method.parameters`` from ``--freeze_module_name``, which names the weights that are *not* frozen."""
     names = [name.strip() for name in (ledger.text("freeze_module_name") or "layers.27.").split(",")]
     layout = layout_of(ledger, hint=_MODES.get(ledger.text("mode") or "glm2", "chatglm2"))
-    here = (
-        [_ENCODER.sub("", name) for name in names if name] if layout != "chatglm" else [name for name in names if name]
-    )
+    here = [name if layout == "chatglm" else _ENCODER.sub("", name) for name in names if name]
     ledger.carry("freeze_module_name", "method.parameters", here, "these learn, all others are frozen")
     ledger.imply("method.layers", 0, "the weights that are named, no others")
 
