@@ -99,6 +99,7 @@ def scored(number: int, *scores: float, state: State = "finished", **values: Any
         ({"method": [{"rank": 4}, {"rank": 8}], "method.alpha": [1, 2]}, "method.alpha: it is a part of method"),
         ({"name": ["a", "b"]}, "changes nothing about the tuned model"),
         ({"evaluate.best_by": ["overall", "labels.accuracy"]}, "trials must be scored alike"),
+        ({"method.name": ["lora", "ptuning_v2"]}, "method.rank: there is no such key"),
         ({"train.seed": [1, 2]}, "Give files of dev rows (data.dev) or data.seed."),
         ({"data.retrieve": [0, 2], "data.turns": ["all", "flagged"]}, "data.retrieve=2, data.turns=all: "),
     ],
@@ -149,6 +150,12 @@ def test_values_are_those_the_recipe_would_hold(recipe: Recipe, tmp_path: Path) 
     assert (search.num_trials, search.grid_size) == (12, 12)
     tried = apply_values(recipe, next(search.grid()), name="first")
     assert (tried.name, tried.train.learning_rate, tried.method) == ("first", 1e-5, Lora(rank=4, alpha=8))
+    methods = search_of({"method": [{"rank": 2}, {"name": "ptuning_v2"}]}, recipe, search="grid")
+    assert [values["method"] for values in methods.grid()] == [{"rank": 2}, {"name": "ptuning_v2"}]
+    named = search_of({"train.task_weights.labels": [1, 2]}, recipe, search="grid")
+    assert [apply_values(recipe, values, name="n").train.task_weights for values in named.grid()] == [
+        {"labels": 1.0}, {"labels": 2.0}
+    ]  # fmt: skip
 
 
 def test_a_grid_needs_values_that_can_be_counted_and_all_of_them(recipe: Recipe) -> None:
@@ -304,6 +311,8 @@ def test_a_sweep_leaves_runs_a_table_best_first_and_the_best_recipe(recipe: Reci
     report = json.loads((folder / "trial-001/evaluations/dev/report.json").read_text(encoding="utf-8"))
     (evaluated,) = report["sides"]["tuned"]["scores"]
     assert evaluated["metrics"][evaluated["primary"]] == pytest.approx(max(scores), abs=1e-4), "the report is rounded"
+    listed = json.loads(succeed("runs", "runs", "--json"))
+    assert [run["name"] for run in listed] == ["rows-sweep/trial-000", "rows-sweep/trial-001"]
     assert "already holds a search. Go on with --resume" in refuse("sweep", "recipe.yaml", "space.yaml")
 
 

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from .recipe import Recipe, load_recipe, make_recipe
     from .render.base import Example, Renderer
     from .runs import RunFolder
+    from .search.learning_curve import learning_curve
+    from .search.space import load_space
+    from .search.sweep import sweep_recipe
 
     # tasks
     from .tasks.base import Task, infer_tasks
@@ -48,6 +51,10 @@ _HOMES = {
     "evaluate_run": ".evaluation",
     "compare_runs": ".evaluate.compare",
     "predict_file": ".apply",
+    # many trainings
+    "load_space": ".search.space",
+    "sweep_recipe": ".search.sweep",
+    "learning_curve": ".search.learning_curve",
     # rows and tasks
     "Record": ".data.records",
     "read_records": ".data.records",

@@ -29,7 +29,7 @@ from ..train.checkpoint import require_same
 from ..tune import tune_model
 from .curve_page import draw_curves, write_page
 from .power_law import Floats, PowerLaw, fit_power_law
-from .several import TrialRows, logging
+from .several import TrialRows, free_memory, logging
 
 SHARES = (0.25, 0.5, 1.0)
 RESAMPLES = 1000
@@ -147,6 +147,7 @@ def learning_curve(
         for (share, seed), own in recipes.items():
             console.print(f"{share:.0%} of the rows, seed {seed}: {len(rows.of(own).train)} rows", soft_wrap=True)
             _train_and_score(own, RunFolder(folder / own.name), rows.of(own), catching)
+            free_memory()
     answers = {place: _Answers(folder / own.name) for place, own in recipes.items()}
     curves = _curves(whole.tasks, shares, seeds, counts, answers)
     shown = {curve.task for curve in curves}

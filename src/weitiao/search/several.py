@@ -1,11 +1,13 @@
-"""What all trainings of a search share: the rows, read once where they can be, and a log in each one's folder."""
+"""What all trainings of a search share: rows read once where they can be, a log in each one's folder, the memory."""
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from rich.console import Console
 
 from ..dataset import Dataset, load_dataset
@@ -35,6 +37,13 @@ class TrialRows:
         plain = recipe.model_dump(mode="json")
         data = {key: value for key, value in plain["data"].items() if key not in _NOT_OF_ROWS}
         return json.dumps([data, plain["tasks"], recipe.train.seed, recipe.rows_seed], sort_keys=True)
+
+
+def free_memory() -> None:
+    """Give back what the last training held: models refer to themselves, and a GPU's memory is kept by torch."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

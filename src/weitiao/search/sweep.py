@@ -24,7 +24,7 @@ from ..train.checkpoint import list_checkpoints, read_progress, require_same
 from ..tune import tune_model
 from .choosing import choose_values, require_optuna
 from .pruning import judge
-from .several import TrialRows, logging
+from .several import TrialRows, free_memory, logging
 from .space import Search, Space, apply_values, make_search
 from .sweep_page import draw_parameters, show_values
 from .trials import Journal, Trial
@@ -179,6 +179,7 @@ def _run_trial(
     except (WeitiaoError, torch.OutOfMemoryError, MemoryError) as error:
         reason = str(error).strip() or type(error).__name__
         journal.end(trial, "failed", reason=reason, seconds=seconds())
+    free_memory()
     console.print(f"  {_outcome(trial, others)}", soft_wrap=True)
     write_json(folder / "sweep.json", _results(recipe, search, journal.trials))
     _require_hope(journal.trials)
@@ -186,7 +187,7 @@ def _run_trial(
 
 def _outcome(trial: Trial, others: Sequence[Trial]) -> str:
     if not trial.counts or trial.best is None:
-        return f"{trial.state}: {trial.reason.splitlines()[0]}"
+        return f"{trial.state}: {next(iter(trial.reason.splitlines()), 'no dev row could be scored')}"
     best = max((other.best for other in others if other.counts and other.best is not None), default=None)
     place = "the best so far" if best is None or trial.best > best else f"the best has {best:.3f}"
     return f"{trial.reason or 'Finished.'} Dev score {trial.best:.3f}, {place}."
