@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prefix_models import GMASK, SOP, tiny
+from weitiao.data.order import bring_together, step_rows
 from weitiao.errors import ModelError
 from weitiao.models import tree_attention as tree_module
 from weitiao.models.attention import packed_attention
@@ -21,7 +23,7 @@ from weitiao.recipe import Lora, Train
 from weitiao.render.base import Example
 from weitiao.train.batches import Batch, make_batches
 from weitiao.train.model import TrainedModel
-from weitiao.train.prompt_trees import grow_trees, num_tokens, share_trees
+from weitiao.train.prompt_trees import grow_trees, num_tokens, prompt_groups, share_trees
 from weitiao.train.shared_prompts import PromptSharing, compare_layouts, why_not_shared
 from weitiao.train.step import step_batches
 from weitiao.tuning.methods import add_adapter
@@ -121,6 +123,41 @@ def test_a_longer_beginning_of_some_rows_grows_from_the_one_of_all() -> None:
         (80, 81, 2, (0,)),
         (80, 81, 2, (1,)),
     ]
+
+
+@given(rows=rows_that_branch(most=12), batch_size=st.integers(1, 6))
+def test_rows_of_a_group_have_half_their_tokens_in_common(rows: list[tuple[int, ...]], batch_size: int) -> None:
+    groups = prompt_groups(rows, batch_size=batch_size)
+    for group in set(groups) - {-1}:
+        members = [row for row, own in zip(rows, groups, strict=True) if own == group]
+        common = next((n for n, tokens in enumerate(zip(*members)) if len(set(tokens)) > 1), min(map(len, members)))
+        assert len(members) > 1 and common >= 32
+        assert 2 * common * len(members) >= sum(map(len, members))
+
+
+def test_questions_over_one_document_meet_in_a_step_and_every_epoch_anew() -> None:
+    rows = [example.token_ids for seed in range(12) for example in asked(4, seed=seed)]
+    rows += [example.token_ids for seed in range(12, 20) for example in asked(1, seed=seed)]
+    groups = prompt_groups([(*range(200, 240), *row) for row in rows], batch_size=8)  # one instruction before all
+    assert groups[:48] == [groups[4 * place] for place in range(12) for _ in range(4)]
+    assert len(set(groups[:48])) == 12 and set(groups[48:]) == {-1}
+    weights = [1.0] * len(rows)
+    steps = step_rows(weights, batch_size=8, seed=3, first_step=0, groups=groups)
+    epochs = [[row for _, one in itertools.islice(steps, 7) for row in one] for _ in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(len(rows)))
+        places = {group: [n for n, row in enumerate(epoch) if groups[row] == group] for group in set(groups[:48])}
+        assert all(own[-1] - own[0] == 3 for own in places.values())
+    assert epochs[0] != epochs[1]
+    resumed = step_rows(weights, batch_size=8, seed=3, first_step=7, groups=groups)
+    assert [row for _, one in itertools.islice(resumed, 7) for row in one] == epochs[1]
+
+
+def test_a_document_with_more_questions_than_a_step_holds_is_cut_at_random() -> None:
+    groups = prompt_groups([example.token_ids for example in asked(10)], batch_size=4)
+    assert len(set(groups)) == 1 and groups[0] >= 0
+    order = bring_together([3, 10, 0, 9, 1, 2, 4, 11, 5, 6, 7, 8], [*groups, -1, -1], most=4)
+    assert order == [3, 0, 9, 1, 10, 2, 4, 5, 6, 11, 7, 8]
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

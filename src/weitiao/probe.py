@@ -36,6 +36,7 @@ from .train.loop import dev_loss
 from .train.memory import limit_bytes, peak_bytes
 from .train.model import check_head
 from .train.plan import COMPILE_SECONDS, COMPILED_SPEEDUP, later_bytes, make_plan, may_compile, will_compile
+from .train.shared_prompts import groups_of, may_share
 from .train.step import Setup, pass_sizes, set_up, step_batches, take_step
 
 _NEW_TOKENS = 5
@@ -132,7 +133,9 @@ def _time_steps(setup: Setup, prepared: Prepared, settings: Train) -> float:
     in a first step only.
     """
     examples, tasks = prepared.train_rows.examples, prepared.train_tasks
-    order = step_rows(prepared.weights, batch_size=settings.batch_size, seed=settings.seed, first_step=0)
+    drawn = {"batch_size": settings.batch_size, "seed": settings.seed, "first_step": 0}
+    order = step_rows(prepared.weights, **drawn, groups=groups_of(examples, settings))
+    share = may_share(setup.trained, settings)
     first_epoch, first_rows = next(order)
     steps = [first_rows, *(rows for _, rows in takewhile(lambda found: found[0] == first_epoch, order))]
     lengths = lengths_of(examples).tolist()
@@ -149,6 +152,7 @@ def _time_steps(setup: Setup, prepared: Prepared, settings: Train) -> float:
             settings,
             _device(setup),
             row_prefix=setup.trained.row_prefix,
+            share=share,
         )
         take_step(setup, batches, settings)
         _wait(_device(setup))

@@ -130,8 +130,8 @@ class Data(Part):
         1.0,
         gt=0,
         le=1,
-        description="Learn from this share of the train rows only, of each task and label alike, chosen by train.seed; a "
-        "smaller share lies within a larger one. The dev rows stay the same.",
+        description="Learn from this share of the train rows only, of each task and label alike, chosen by train.seed; "
+        "a smaller share lies within a larger one. The dev rows stay the same.",
     )
     turns: Literal["flagged", "all", "last"] = Field(
         "flagged",
@@ -232,6 +232,11 @@ class Train(Part):
         "auto",
         description="What the rows of a step begin with alike, a document or an instruction, is computed once. auto: "
         "where it saves a tenth of the tokens, and the first such step proves that loss and gradient stay the same.",
+    )
+    group_prompts: bool = Field(
+        False,
+        description="Draw rows of which half or more is a common beginning, such as questions over one document, into "
+        "the same steps. With shared_prompts that is faster, but a step then learns from fewer documents.",
     )
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="torch.compile the layers. auto: when a C++ compiler is there and the run is long enough."

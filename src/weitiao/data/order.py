@@ -27,6 +27,28 @@ def epoch_order(weights: Sequence[float], *, seed: int, epoch: int) -> list[int]
     return order
 
 
+def bring_together(order: Sequence[int], groups: Sequence[int], *, most: int) -> list[int]:
+    """The rows of `order` with those of one group one after another, at most so many of them in one place.
+
+    They stand where their first one stood: ``[4, 0, 5, 1, 2]`` with 0, 1 and 2 in a group → ``[4, 0, 1, 5, 2]`` when
+    at most two stand together.
+
+    Args:
+        order: rows.
+        groups: for each row the number of its group; below 0 for none.
+        most: how many rows of a group stand together, from 1.
+    """
+    pieces: list[list[int]] = []
+    latest: dict[int, list[int]] = {}
+    for row in order:
+        piece = latest.get(groups[row]) if groups[row] >= 0 else None
+        if piece is None or len(piece) == most:
+            piece = latest[groups[row]] = []
+            pieces.append(piece)
+        piece.append(row)
+    return [row for piece in pieces for row in piece]
+
+
 def epoch_sizes(weights: Sequence[float], *, seed: int, epochs: int) -> list[int]:
     """For each of the first `epochs` epochs, how many rows `epoch_order` gives it, without drawing the order."""
     sizes = [sum(map(int, weights))] * epochs
@@ -46,12 +68,17 @@ def _times(weight: float, epoch: int, phase: float) -> int:
 
 
 def step_rows(
-    weights: Sequence[float], *, batch_size: int, seed: int, first_step: int
+    weights: Sequence[float], *, batch_size: int, seed: int, first_step: int, groups: Sequence[int] | None = None
 ) -> Iterator[tuple[int, list[int]]]:
-    """Endless ``(epoch, rows)`` of the optimiser steps, from step number `first_step` on. No row is ever left over."""
+    """Endless ``(epoch, rows)`` of the optimiser steps, from step number `first_step` on. No row is ever left over.
+
+    With `groups`, a number for each row or -1, those of one group are brought together, see `bring_together`.
+    """
     step, epoch = 0, 0
     while True:
         order = epoch_order(weights, seed=seed, epoch=epoch)
+        if groups is not None:
+            order = bring_together(order, groups, most=batch_size)
         for start in range(0, len(order), batch_size):
             if step >= first_step:
                 yield epoch, order[start : start + batch_size]

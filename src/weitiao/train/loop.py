@@ -42,7 +42,7 @@ from .plan import make_plan, will_compile
 from .progress import Follower, TrainingDisplay, draw_curve, format_seconds
 from .ranks import ALONE, Ranks
 from .resuming import LATEST, checkpoint_to_go_on_from
-from .shared_prompts import PromptSharing
+from .shared_prompts import PromptSharing, groups_of
 from .step import Setup, seed_dropout, set_up, step_batches, take_step
 from .task_losses import TaskSums, add_sums, mean_by_task, sum_by_row, sum_by_task
 from .trouble import NameRow, SpikeWatch, describe_spike, explain_divergence, worst_rows
@@ -157,7 +157,8 @@ def train(
         num_steps(weights, batch_size=settings.batch_size, seed=settings.seed, epochs=number)
         for number in range(1, math.ceil(settings.epochs) + 1)
     }
-    order = step_rows(weights, batch_size=settings.batch_size, seed=settings.seed, first_step=progress.step)
+    drawn = {"batch_size": settings.batch_size, "seed": settings.seed, "first_step": progress.step}
+    order = step_rows(weights, **drawn, groups=groups_of(examples, settings))
     display = TrainingDisplay(
         run if ranks.is_first else None,
         total_steps=plan.steps,

@@ -100,6 +100,24 @@ def share_trees(rows: Sequence[Tokens], places: Sequence[int], *, tokens_per_pas
     return [_end_to_end([trees[place] for place in places]) for places in passes]
 
 
+def prompt_groups(rows: Sequence[Tokens], *, batch_size: int) -> list[int]:
+    """For each row the number of its group, -1 for none: rows of which half the tokens or more are a common beginning.
+
+    A group is as large as it can be within `batch_size`. Where more rows than that share so much, those of them that
+    belong to no smaller group are one.
+    """
+    groups = [-1] * len(rows)
+    segments = [segment for segment in grow_trees(rows, range(len(rows))) if len(segment.rows) > 1]
+    few = [number for number, segment in enumerate(segments) if len(segment.rows) <= batch_size]
+    many = [number for number, segment in enumerate(segments) if len(segment.rows) > batch_size]
+    for number in (*few, *reversed(many)):  # the longest beginning comes last among the few, first among the many
+        free = [place for place in segments[number].rows if groups[place] < 0]
+        if len(free) > 1 and 2 * len(free) * segments[number].stop >= sum(len(rows[place]) for place in free):
+            for place in free:
+                groups[place] = number
+    return groups
+
+
 def num_tokens(segments: Sequence[Segment]) -> int:
     """The tokens that are computed."""
     return sum(map(len, segments))

@@ -7,6 +7,7 @@ model does something that makes them differ, the first step shows it, and the ro
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from ..recipe import Train
 from ..render.base import Example
 from .batches import Batch, share_beginnings
 from .model import TrainedModel
+from .prompt_trees import prompt_groups
 
 _TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-4, 1e-3)}
 _HALF_TOLERANCES = (0.02, 0.1)
@@ -26,6 +28,13 @@ each other, or do not see their beginning, several tenths."""
 
 _SAMPLES = 8
 """How many of the learnt tensors have their gradients compared."""
+
+
+def groups_of(examples: Sequence[Example], settings: Train) -> list[int] | None:
+    """Which rows are to meet in a step, for `step_rows`; None where that is left to chance."""
+    if not settings.group_prompts:
+        return None
+    return prompt_groups([array("i", example.token_ids) for example in examples], batch_size=settings.batch_size)
 
 
 class MakePasses(Protocol):
@@ -78,6 +87,11 @@ class PromptSharing:
             f"Its loss and gradient are the same."
         )
         return batches
+
+
+def may_share(trained: TrainedModel, settings: Train) -> bool:
+    """Whether steps are laid out with shared beginnings as far as can be said before the proof."""
+    return settings.shared_prompts == "auto" and not why_not_shared(trained)
 
 
 def why_not_shared(trained: TrainedModel) -> str:
