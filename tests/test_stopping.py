@@ -273,6 +273,27 @@ def test_a_disk_that_is_full_when_a_signal_comes_is_an_error_not_to_be_tried_aga
     assert "The disk is full" in result.stderr
 
 
+def test_a_training_outlives_its_terminal_and_says_the_rest_in_a_file(run: RunFolder, home: Path) -> None:
+    """The terminal is closed while steps are taken: the process gets SIGHUP, and writing to it fails."""
+    ours, theirs = os.openpty()
+    start = "import fcntl, sys, termios; fcntl.ioctl(2, termios.TIOCSCTTY, 0); from weitiao.cli import app; app()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, "train", "recipe.yaml"],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(theirs)
+    seen = b""
+    while b"step 1/6" not in seen:
+        seen += os.read(ours, 65536)
+    os.close(ours)
+    assert process.wait(60) == 0
+    said = (run.path / "output.txt").read_text(encoding="utf-8")
+    assert "step 6/6" in said
+    assert said.rstrip().endswith("Next: weitiao evaluate runs/tiny")
+    assert weights(run) == weights(RunFolder(home / "runs" / "whole"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(), reason="torch.compile needs a C++ compiler, and there is none on this machine")
 def test_a_process_group_told_to_end_while_it_compiles_leaves_within_seconds(run: RunFolder) -> None:

@@ -12,6 +12,7 @@ runs/NAME/
 ├── state.json          which process trains the run, how far it is, how it ended
 ├── monitors.json       by what monitors know the run again
 ├── curve.png           loss and scores
+├── output.txt          what a training said after its terminal was closed
 ├── checkpoints/        step-000123/ …, everything needed to go on
 ├── best/               the adapter with the best dev score so far
 ├── adapter/            the tuned adapter, its tokenizer

@@ -32,6 +32,7 @@ from .base import (
     reporting_errors,
     said_of,
 )
+from .unattended import outliving_terminal
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation
@@ -114,24 +115,25 @@ def _train_here(
     from ..recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from ..dataset import load_dataset
+    with outliving_terminal(Path("runs") / loaded.name / "output.txt"):
+        from ..dataset import load_dataset
 
-    dataset = load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
-    from ..check.examine import check_recipe
-    from ..check.terminal import print_briefly
+        dataset = load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
+        from ..check.examine import check_recipe
+        from ..check.terminal import print_briefly
 
-    if ranks is None or ranks.is_first:
-        print_briefly(check_recipe(loaded, str(recipe)), err)
-    from ..tune import tune_model
+        if ranks is None or ranks.is_first:
+            print_briefly(check_recipe(loaded, str(recipe)), err)
+        from ..tune import tune_model
 
-    tune_model(
-        loaded,
-        resume=False if resume is None else resume,
-        console=_console(),
-        dataset=dataset,
-        stops=stops,
-        ranks=ranks,
-    )
+        tune_model(
+            loaded,
+            resume=False if resume is None else resume,
+            console=_console(),
+            dataset=dataset,
+            stops=stops,
+            ranks=ranks,
+        )
 
 
 @app.command()
