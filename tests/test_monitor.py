@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -406,8 +407,11 @@ def test_wandb_offline() -> None:
     (folder,) = Path("wandb").glob(f"offline-run-*-{reference}")
     assert said == [f"monitor wandb: wandb sync {folder.resolve()}"] or said == [f"monitor wandb: wandb sync {folder}"]
     (file,) = folder.glob("*.wandb")
-    content = file.read_bytes()
-    assert all(name in content for name in (b"train/loss", "dev/score/标签/f1".encode(), b"dev/samples", b"curve"))
+    names = (b"train/loss", "dev/score/标签/f1".encode(), b"dev/samples", b"curve")
+    end = time.monotonic() + 30
+    while not all(name in file.read_bytes() for name in names):  # wandb's own process writes them after `finish`
+        assert time.monotonic() < end
+        time.sleep(0.1)
     assert list(folder.rglob("*.png"))
     assert list(folder.rglob("*.table.json"))
     with pytest.raises(RunError, match=r"nobody is logged in\. Run wandb login, set WANDB_API_KEY"):

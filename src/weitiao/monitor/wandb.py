@@ -37,8 +37,12 @@ class WandbMonitor(Monitor):
             config=run.recipe.model_dump(mode="json"),
             settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
         )
-        shown = {"online": self._run.url or "", "offline": f"wandb sync {Path(self._run.dir).parent}"}
-        return Started(reference=reference, shown=shown.get(options.mode, ""))
+        shown = ""
+        if options.mode == "online":
+            shown = str(self._run.url)
+        elif options.mode == "offline":
+            shown = f"wandb sync {Path(self._run.dir).parent}"
+        return Started(reference=reference, shown=shown)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
