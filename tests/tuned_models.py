@@ -33,9 +33,9 @@ METHODS: dict[str, AnyMethod] = {
     "ia3": IA3(),
 }
 RATES = {
-    "lora": 1e-2, "rslora": 1e-2, "dora": 1e-2, "pissa": 1e-2, "lora_plus": 5e-3, "some_layers": 1e-2,
-    "ptuning_v2": 0.1, "projected": 1e-2, "ptuning_v1": 1e-2, "mlp": 1e-2, "prompt_tuning": 0.1,
-    "freeze": 5e-3, "full": 3e-3, "ia3": 5e-2,
+    "lora": 2e-2, "rslora": 2e-2, "dora": 2e-2, "pissa": 2e-2, "lora_plus": 1e-2, "some_layers": 2e-2,
+    "ptuning_v2": 0.2, "projected": 2e-2, "ptuning_v1": 2e-2, "mlp": 2e-2, "prompt_tuning": 0.2,
+    "freeze": 1e-2, "full": 6e-3, "ia3": 0.1,
 }  # fmt: skip
 LEARNT_TOKENS = ("ptuning_v1", "mlp", "prompt_tuning")
 MERGING = tuple(name for name, method in METHODS.items() if isinstance(method, Lora | IA3 | Freeze | Full))

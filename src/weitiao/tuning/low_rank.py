@@ -71,8 +71,11 @@ def pace_lora(model: PeftModel, method: Lora) -> None:
 
 
 def _targets(model: PreTrainedModel, method: Lora) -> str | list[str]:
-    """What PEFT is told of the layers that get an update: as the recipe has it, or each layer's whole name."""
-    if method.layers == "all":
+    """What PEFT is told of the layers that get an update: as the recipe has it, or each layer's whole name.
+
+    A pattern is no business of PEFT's, which would refuse one that a module of another kind matches too.
+    """
+    if method.layers == "all" and (method.targets == "all-linear" or not isinstance(method.targets, str)):
         return method.targets if isinstance(method.targets, str) else list(method.targets)
     count = model.config.get_text_config().num_hidden_layers
     wanted = method.layer_numbers(count)
@@ -83,7 +86,11 @@ def _targets(model: PreTrainedModel, method: Lora) -> str | list[str]:
         )
     names = [name for name in _linear_layers(model) if layer_number(name) in wanted and _matches(name, method.targets)]
     if not names:
-        raise RecipeError(f"method.targets={method.targets!r} matches no layer within method.layers={method.layers!r}.")
+        where = "of this model" if method.layers == "all" else f"within method.layers={method.layers!r}"
+        raise RecipeError(
+            f"method.targets={method.targets!r} matches no layer {where}. Its linear layers: "
+            f"{', '.join(sorted(_kinds(model)))}; or use all-linear."
+        )
     return names
 
 
@@ -97,9 +104,14 @@ def _linear_layers(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def _kinds(model: PreTrainedModel) -> set[str]:
+    """What the linear layers are called within their modules; adapted ones by their own names."""
+    return {name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name in _linear_layers(model)}
+
+
 def _wrap(model: PreTrainedModel, config: PeftConfig, seed: int, *, what: str, also: str = "") -> PeftModel:
     """PEFT's adapter around `model`; `what` is what the recipe says of its layers."""
-    linear = {name.rsplit(".", 1)[-1] for name in _linear_layers(model)}
+    linear = _kinds(model)
     with torch.random.fork_rng(), ignoring_peft_warnings():
         torch.manual_seed(seed)
         try:
@@ -195,7 +207,7 @@ def pace_ia3(model: PeftModel) -> None:
 
 def ia3_layers(model: PreTrainedModel, method: IA3) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of the layers whose outputs are scaled, and of those whose inputs are."""
-    kinds = {name.rsplit(".", 1)[-1] for name in _linear_layers(model)}
+    kinds = _kinds(model)
 
     def found(said: str | tuple[str, ...], usual: tuple[str, ...], key: str) -> tuple[str, ...]:
         if not isinstance(said, str):
