@@ -165,7 +165,9 @@ def joined(launch: Launch | None) -> Iterator[Ranks]:
         torch.cuda.set_device(launch.local_rank)
         backend = "cpu:gloo,cuda:nccl"
     found, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    store = PrefixStore("weitiao", found)
+    # the launcher's store outlives the processes: what those before a restart told is not for these
+    found = PrefixStore(f"weitiao/{launch.restarts}/{size}", found)
+    store = PrefixStore("told", found)
     dist.init_process_group(backend, store=found, rank=rank, world_size=size, timeout=PATIENCE)
     _tell(store, f"process/{rank}", json.dumps([platform.node(), os.getpid()]))
     try:
@@ -219,9 +221,11 @@ def _describe_loss(ranks: Ranks, seen: str) -> str:
         which = " and ".join(f"process {rank} of {ranks.size} (pid {pid})" for rank, pid in ended)
         what = f"{which[0].upper()}{which[1:]} {'has' if len(ended) == 1 else 'have'} ended"
     else:
-        what = f"One of the {ranks.size} processes, none of this machine, has ended or says nothing any more"
+        what = (
+            f"One of the {ranks.size} processes, none of this machine, has ended or says nothing any more ({seen:.200})"
+        )
     return (
-        f"{what}, so the others end too ({seen:.160}). What was saved stands whole. Go on with --resume, on any number "
+        f"{what}, so the others end too. What was saved stands whole. Go on with --resume, on any number "
         f"of processes; torchrun --max-restarts=N does so by itself."
     )
 
