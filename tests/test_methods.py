@@ -26,7 +26,7 @@ from weitiao.models.lora_layers import ignoring_peft_warnings
 from weitiao.models.own_weights import WEIGHTS_FILE, changed_weights_of, computing_dtype
 from weitiao.models.quantized import quantize_model
 from weitiao.preparation import prepare
-from weitiao.recipe import IA3, AnyMethod, Freeze, Full, Lora, Recipe, Train, make_recipe
+from weitiao.recipe import AnyMethod, Freeze, Full, Ia3, Lora, Recipe, Train, make_recipe
 from weitiao.runs import RunFolder
 from weitiao.train import loop as loop_module
 from weitiao.train.plan import make_plan
@@ -170,7 +170,7 @@ def test_pissa_starts_from_the_strongest_directions_and_leaves_the_base_alone(tm
 def test_ia3_scales_keys_values_and_inner_activations(
     family: str, outer: set[str], inner: set[str], tmp_path: Path
 ) -> None:
-    tuned = add_adapter(tiny(family).bfloat16(), IA3(), seed=1)
+    tuned = add_adapter(tiny(family).bfloat16(), Ia3(), seed=1)
     config: Any = tuned.active_peft_config  # type: ignore[union-attr]
     assert (set(config.target_modules), set(config.feedforward_modules)) == (outer | inner, inner)
     assert {p.dtype for p in learning(tuned).values()} == {torch.float32}
@@ -179,11 +179,11 @@ def test_ia3_scales_keys_values_and_inner_activations(
     setup = set_up_for(tuned, settings)
     assert [group["weight_decay"] for group in setup.optimiser.param_groups] == [0.0], "1 is no change, 0 is"
     save_adapter(tuned, tmp_path)
-    assert learning(resume_adapter(tiny(family), IA3(), tmp_path)).keys() == learning(tuned).keys()
+    assert learning(resume_adapter(tiny(family), Ia3(), tmp_path)).keys() == learning(tuned).keys()
     with pytest.raises(RecipeError, match=r"its targets is .* but method\.targets is"):
-        resume_adapter(tiny(family), IA3(targets=("dense",)), tmp_path)
+        resume_adapter(tiny(family), Ia3(targets=("dense",)), tmp_path)
     with pytest.raises(RecipeError, match="matches no layer of this model"):
-        add_adapter(tiny(family), IA3(targets=("a",), feedforward=("b",)), seed=1)
+        add_adapter(tiny(family), Ia3(targets=("a",), feedforward=("b",)), seed=1)
 
 
 # --- The model's own weights ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefix_models import a_row, tiny
-from weitiao.recipe import IA3, AnyMethod, Freeze, Full, Lora, PromptTuning, PTuning, PTuningV1, Train
+from weitiao.recipe import AnyMethod, Freeze, Full, Ia3, Lora, PromptTuning, PTuning, PTuningV1, Train
 from weitiao.render.base import Example
 from weitiao.train.step import Setup, set_up, step_batches, take_step
 
@@ -30,7 +30,7 @@ METHODS: dict[str, AnyMethod] = {
     "prompt_tuning": PromptTuning(num_virtual_tokens=32),
     "freeze": Freeze(layers=1, parameters=("norm",)),
     "full": Full(),
-    "ia3": IA3(),
+    "ia3": Ia3(),
 }
 RATES = {
     "lora": 2e-2, "rslora": 2e-2, "dora": 2e-2, "pissa": 2e-2, "lora_plus": 1e-2, "some_layers": 2e-2,
@@ -38,7 +38,7 @@ RATES = {
     "freeze": 1e-2, "full": 6e-3, "ia3": 0.1,
 }  # fmt: skip
 LEARNT_TOKENS = ("ptuning_v1", "mlp", "prompt_tuning")
-MERGING = tuple(name for name, method in METHODS.items() if isinstance(method, Lora | IA3 | Freeze | Full))
+MERGING = tuple(name for name, method in METHODS.items() if isinstance(method, Lora | Ia3 | Freeze | Full))
 
 
 def settings_for(name: str, *, checkpointing: bool = False) -> Train:

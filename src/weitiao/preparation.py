@@ -19,7 +19,7 @@ from .decoding import answer_limit
 from .errors import DataError, RecipeError
 from .lookup import look_up
 from .models.opening import OpenModel, open_model
-from .recipe import IA3, Freeze, Full, Generate, PromptTuning, PTuning, PTuningV1, Recipe, Train
+from .recipe import Freeze, Full, Generate, Ia3, PromptTuning, PTuning, PTuningV1, Recipe, Train
 from .recipe_methods import learning_rate_of
 from .render.base import Example
 from .render.example_store import answers_of
@@ -146,7 +146,7 @@ def _note_on_pace(recipe: Recipe) -> str | None:
             f"own trainer has 0.02."
         )
     usual = learning_rate_of(method)
-    if isinstance(method, PromptTuning | PTuningV1 | IA3) and usual is not None and rate < usual / 10:
+    if isinstance(method, PromptTuning | PTuningV1 | Ia3) and usual is not None and rate < usual / 10:
         return f"train.learning_rate is {rate:g}: what {method.name} learns hardly moves at that. Usual is {usual:g}."
     if isinstance(method, Full | Freeze) and rate >= _FASTEST_WEIGHTS:
         return (

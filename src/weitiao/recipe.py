@@ -15,9 +15,6 @@ from pydantic_core import PydanticCustomError
 
 from .errors import RecipeError
 from .recipe_methods import (
-    IA3 as IA3,
-)
-from .recipe_methods import (
     AnyMethod as AnyMethod,
 )
 from .recipe_methods import (
@@ -25,6 +22,9 @@ from .recipe_methods import (
 )
 from .recipe_methods import (
     Full as Full,
+)
+from .recipe_methods import (
+    Ia3 as Ia3,
 )
 from .recipe_methods import (
     Lora as Lora,

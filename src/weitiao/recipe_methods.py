@@ -137,7 +137,7 @@ class Full(Part):
     name: Literal["full"] = "full"
 
 
-class IA3(Part):
+class Ia3(Part):
     """(IA)³: keys, values and inner activations are scaled by learnt factors (Liu et al. 2022)."""
 
     name: Literal["ia3"] = "ia3"
@@ -149,7 +149,7 @@ class IA3(Part):
     )
 
 
-AnyMethod = Lora | PTuning | PTuningV1 | PromptTuning | Freeze | Full | IA3
+AnyMethod = Lora | PTuning | PTuningV1 | PromptTuning | Freeze | Full | Ia3
 
 
 def _as_method(value: Any) -> Any:

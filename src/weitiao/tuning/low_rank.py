@@ -19,7 +19,7 @@ from ..models.adapters import base_model
 from ..models.learnt_prefix import learnt_prefix_of
 from ..models.lora_layers import ignoring_peft_warnings, use_lean_layers
 from ..models.quantized import QuantizedLinear
-from ..recipe import IA3, Lora
+from ..recipe import Ia3, Lora
 from .pace import Pace, set_pace
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -183,7 +183,7 @@ def _without_columns(first: int) -> Callable[[Tensor], Tensor]:
 # --- (IA)³ -----------------------------------------------------------------------------------------------------------
 
 
-def add_ia3(model: PreTrainedModel, method: IA3, *, seed: int) -> PeftModel:
+def add_ia3(model: PreTrainedModel, method: Ia3, *, seed: int) -> PeftModel:
     """`model` with factors of 1, in float32. Raises RecipeError when no layer is meant by `method`."""
     outer, inner = ia3_layers(model, method)
     config = IA3Config(
@@ -205,7 +205,7 @@ def pace_ia3(model: PeftModel) -> None:
             set_pace(parameter, Pace(decays=False))
 
 
-def ia3_layers(model: PreTrainedModel, method: IA3) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def ia3_layers(model: PreTrainedModel, method: Ia3) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of the layers whose outputs are scaled, and of those whose inputs are."""
     kinds = _kinds(model)
 
@@ -264,7 +264,7 @@ def lora_differences(model: PreTrainedModel | PeftModel, method: Lora) -> list[s
     return told
 
 
-def ia3_differences(model: PreTrainedModel | PeftModel, method: IA3) -> list[str]:
+def ia3_differences(model: PreTrainedModel | PeftModel, method: Ia3) -> list[str]:
     """The same for (IA)³."""
     if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, IA3Config):
         return ["it is no (IA)³ adapter, but method.name is ia3"]

@@ -15,7 +15,7 @@ from ..models.own_weights import changed_weights_of, learn_weights
 from ..models.prompt_tuning import attach_prompt, prompt_encoder_of
 from ..models.ptuning import attach_prefix, prefix_encoder_of
 from ..models.quantized import QuantizedLinear
-from ..recipe import IA3, AnyMethod, Freeze, Full, Lora, PromptTuning, PTuning, PTuningV1
+from ..recipe import AnyMethod, Freeze, Full, Ia3, Lora, PromptTuning, PTuning, PTuningV1
 from .low_rank import (
     add_ia3,
     add_lora,
@@ -44,7 +44,7 @@ def add_adapter(model: PreTrainedModel, method: AnyMethod, *, seed: int) -> PreT
         return _add_prefix(model, method, seed=seed)
     if isinstance(method, Freeze | Full):
         return learn_weights(model, learning_names(model, method))
-    if isinstance(method, IA3):
+    if isinstance(method, Ia3):
         return add_ia3(model, method, seed=seed)
     return add_lora(model, method, seed=seed)
 
@@ -126,7 +126,7 @@ def _differences(tuned: PreTrainedModel | PeftModel, method: AnyMethod) -> list[
     """In what the adapter of `tuned` is not what `method` describes."""
     if isinstance(method, Lora):
         return lora_differences(tuned, method)
-    if isinstance(method, IA3):
+    if isinstance(method, Ia3):
         return ia3_differences(tuned, method)
     if isinstance(method, Freeze | Full):
         return _weight_differences(tuned, method)
