@@ -20,6 +20,7 @@ from weitiao.dataset import load_dataset
 from weitiao.errors import RecipeError, ResumeError, RunError
 from weitiao.recipe import Recipe, load_recipe, make_recipe
 from weitiao.search import learning_curve as curve_module
+from weitiao.search.curve_page import describe_forecast
 from weitiao.search.learning_curve import FEWEST_DEV_ROWS, learning_curve, make_curve, rises
 from weitiao.search.power_law import EXPONENTS, fit_power_law
 from weitiao.train import loop as loop_module
@@ -175,6 +176,12 @@ def test_a_level_curve_foretells_little_and_a_noisy_one_nothing() -> None:
     assert noisy.verdict.startswith("Cannot be told from 3 points: label more dev rows or train several seeds")
     assert noisy.gain_interval[0] < 0.01 < noisy.gain_interval[1]
     assert "seeds" not in curve_of([0.60, 0.63, 0.65], spread=0.04, seeds=3).forecast.verdict
+
+
+def test_a_curve_that_rises_ever_faster_says_that_the_law_falls_behind() -> None:
+    told = describe_forecast(curve_of([0.3, 0.4, 0.6], spread=0.005))
+    assert told.endswith("More rows pay. The last score lies 0.031 above the law, so it may be more.")
+    assert "so it may be more" not in describe_forecast(curve_of([0.4, 0.55, 0.65], spread=0.005))
 
 
 def test_few_dev_rows_foretell_nothing_however_equal_the_scores() -> None:

@@ -77,7 +77,9 @@ def _print_trials(found: Sweep) -> None:
     from ..search.sweep_page import show_value
 
     keys = [parameter.key for parameter in found.search.parameters]
-    table = Table("trial", "dev score", "state", *keys, "steps", "minutes")
+    short = [key.rpartition(".")[2] for key in keys]
+    headings = [name if short.count(name) == 1 else key for name, key in zip(short, keys, strict=True)]
+    table = Table("trial", "dev score", "state", *headings, "steps", "minutes")
     for trial in found.ranked:
         score = f"{trial.best:.3f}" if trial.counts and trial.best is not None else "—"
         values = [show_value(trial.values[key]) for key in keys]

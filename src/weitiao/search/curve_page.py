@@ -13,14 +13,20 @@ if TYPE_CHECKING:
     from .learning_curve import TaskCurve
 
 
+_FASTER = 0.02
+"""By so much a last score above the law is told: the score then grows faster than a power law can."""
+
+
 def describe_forecast(curve: TaskCurve) -> str:
     """What is foretold of a task, with its uncertainty, in two or three sentences."""
     told, last = curve.forecast, curve.points[-1]
     low, high = told.gain_interval
+    above = last.score - (told.score - told.gain)
+    faster = f" The last score lies {above:.3f} above the law, so it may be more." if above > _FASTER else ""
     return (
         f"As many rows again ({last.rows} → {told.rows}) are foretold to bring {curve.metric} of {curve.task} from "
         f"{told.score - told.gain:.3f} to {told.score:.3f}: {told.gain:+.3f} (95 %: {low:+.3f} to {high:+.3f}). "
-        f"{told.verdict}"
+        f"{told.verdict}{faster}"
     )
 
 
@@ -31,7 +37,7 @@ def write_page(name: str, curves: Sequence[TaskCurve], *, num_seeds: int) -> str
         lines = ["| rows | share | score | 95 % interval |", "|---|---|---|---|"]
         for point in curve.points:
             low, high = point.interval
-            lines.append(f"| {point.rows} | {point.share:.0%} | {point.score:.3f} | {low:.3f} – {high:.3f} |")
+            lines.append(f"| {point.rows} | {point.share * 100:g} % | {point.score:.3f} | {low:.3f} – {high:.3f} |")
         a, b, c = curve.law
         law = f"Power law: {a:.3f} − {b:.3g} · rows^−{c:.2f}."
         parts += [f"## {curve.task}: {curve.metric}", "\n".join(lines), f"{describe_forecast(curve)} {law}"]

@@ -145,7 +145,7 @@ def learning_curve(
     require_same(RunFolder(folder), {"recipe": recipe.model_dump(mode="json"), "data": whole.fingerprint})
     with stops or StopSignals(partial(console.print, soft_wrap=True)) as catching:
         for (share, seed), own in recipes.items():
-            console.print(f"{share:.0%} of the rows, seed {seed}: {len(rows.of(own).train)} rows", soft_wrap=True)
+            console.print(f"{share * 100:g} % of the rows, seed {seed}: {len(rows.of(own).train)} rows", soft_wrap=True)
             _train_and_score(own, RunFolder(folder / own.name), rows.of(own), catching)
             free_memory()
     answers = {place: _Answers(folder / own.name) for place, own in recipes.items()}
@@ -158,7 +158,7 @@ def learning_curve(
 
 
 def _require_shares(shares: Sequence[float], recipe: Recipe) -> None:
-    told = ", ".join(f"{share:.0%}" for share in shares)
+    told = ", ".join(f"{share * 100:g} %" for share in shares)
     if len(shares) < 3 or list(shares) != sorted(set(shares)) or shares[0] <= 0 or shares[-1] != 1:
         raise RecipeError(f"The shares are {told}. Give three or more, rising, the last 100, such as 25,50,100.")
     if recipe.data.share != 1:
@@ -172,7 +172,7 @@ def rises(rows: Sequence[int]) -> bool:
 
 def _require_growth(shares: Sequence[float], rows: Sequence[int]) -> None:
     if not rises(rows):
-        told = ", ".join(f"{share:.0%}: {count}" for share, count in zip(shares, rows, strict=True))
+        told = ", ".join(f"{share * 100:g} %: {count}" for share, count in zip(shares, rows, strict=True))
         raise RecipeError(f"The shares hold these numbers of rows: {told}. Give shares further apart, or more rows.")
 
 

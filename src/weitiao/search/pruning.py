@@ -24,6 +24,8 @@ def judge(space: Space, trial: Trial, others: Sequence[Trial]) -> str:
     own = trial.best
     if space.prune == "none" or own is None or len(comparable) < space.prune_after:
         return ""
+    if max(trial.scores) < space.prune_from * trial.steps:
+        return ""
     if space.prune == "median":
         middle = statistics.median(comparable)
         if own < middle:

@@ -66,6 +66,9 @@ class Space(Part):
         "median", description="How poor trials are stopped: below the median of the others; successive halving; never."
     )
     prune_after: int = Field(4, ge=1, description="No trial is stopped before so many others were scored as often.")
+    prune_from: float = Field(
+        0.3, ge=0, le=1, description="Nor before this share of its own training: first scores are mostly chance."
+    )
     seed: int = Field(0, ge=0, description="Seed of the choice of values.")
 
 
