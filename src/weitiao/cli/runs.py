@@ -72,5 +72,7 @@ def watch(run: Annotated[Path, typer.Argument(help="A run, such as runs/rows: ru
         except KeyboardInterrupt:
             err.print("The training goes on.")
             return
+        if not screen.is_terminal:  # there the display ends within its last line
+            screen.print()
     if shown.status != "finished":
         raise typer.Exit(1)
