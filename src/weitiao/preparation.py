@@ -114,8 +114,8 @@ def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None)
         dataset, neighbours, notes = look_up(recipe, dataset, opened.renderer)
         for note in notes:
             console.print(f"note: {note}", soft_wrap=True)
-    if note := _note_on_pace(recipe):
-        console.print(f"note: {note}", soft_wrap=True)
+    if (on_pace := _note_on_pace(recipe)) is not None:
+        console.print(f"note: {on_pace}", soft_wrap=True)
     train_rows = _fit(recipe, dataset, "train", opened, console)
     if not train_rows.examples:
         raise DataError(

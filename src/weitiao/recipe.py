@@ -15,38 +15,44 @@ from pydantic_core import PydanticCustomError
 
 from .errors import RecipeError
 from .recipe_methods import (
-    AnyMethod as AnyMethod,
-)
-from .recipe_methods import (
-    Freeze as Freeze,
-)
-from .recipe_methods import (
-    Full as Full,
-)
-from .recipe_methods import (
-    Ia3 as Ia3,
-)
-from .recipe_methods import (
-    Lora as Lora,
-)
-from .recipe_methods import (
+    AnyMethod,
+    Freeze,
+    Full,
+    Ia3,
+    Lora,
     Method,
+    PromptTuning,
+    PTuning,
+    PTuningV1,
     learning_rate_of,
-)
-from .recipe_methods import (
-    PromptTuning as PromptTuning,
-)
-from .recipe_methods import (
-    PTuning as PTuning,
-)
-from .recipe_methods import (
-    PTuningV1 as PTuningV1,
 )
 from .recipe_monitor import Monitors
 from .recipe_part import Part
 from .recipe_problems import complaints
 from .recipe_text import apply_override, deep_copy
 from .recipe_text import read_yaml as read_yaml
+
+__all__ = [
+    "AnyMethod",
+    "Data",
+    "DeclaredTask",
+    "Evaluate",
+    "Freeze",
+    "Full",
+    "Generate",
+    "Ia3",
+    "Lora",
+    "Model",
+    "PTuning",
+    "PTuningV1",
+    "PromptTuning",
+    "Recipe",
+    "Source",
+    "Train",
+    "load_recipe",
+    "make_recipe",
+    "recipe_schema",
+]
 
 
 class Source(Part):

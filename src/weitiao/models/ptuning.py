@@ -20,23 +20,25 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from .learnt_prefix import (
     LearntPrefix,
+    PrefixShape,
     learnt_prefix_of,
+    prefix_shape,
+    prefix_states,
+    put_prefix,
+    without_prefix,
 )
-from .learnt_prefix import (
-    PrefixShape as PrefixShape,
-)
-from .learnt_prefix import (
-    prefix_shape as prefix_shape,
-)
-from .learnt_prefix import (
-    prefix_states as prefix_states,
-)
-from .learnt_prefix import (
-    put_prefix as put_prefix,
-)
-from .learnt_prefix import (
-    without_prefix as without_prefix,
-)
+
+__all__ = [
+    "PrefixEncoder",
+    "PrefixShape",
+    "attach_original_prefix",
+    "attach_prefix",
+    "prefix_encoder_of",
+    "prefix_shape",
+    "prefix_states",
+    "put_prefix",
+    "without_prefix",
+]
 
 
 class PrefixEncoder(LearntPrefix):
