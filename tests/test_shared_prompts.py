@@ -227,7 +227,8 @@ def test_a_segment_cannot_grow_from_one_behind_it() -> None:
 
 
 def test_the_operators_keep_the_rules_that_compiling_needs() -> None:
-    q, k, v = (torch.randn(1, heads, 30, 8, requires_grad=True) for heads in (4, 2, 2))
+    """Also for queries, keys and values that are views of other shapes, as models make them."""
+    q, k, v = (torch.randn(1, 30, heads, 8).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
     past = [torch.randn(2, 3, 8, requires_grad=True) for _ in "kv"]
     given = (q, k, v, *past, torch.tensor([0, 12, 20, 30]), torch.tensor([-1, 0, 0]), 0.3, 9)
     torch.library.opcheck(tree_attention, given)

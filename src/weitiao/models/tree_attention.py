@@ -137,7 +137,8 @@ def tree_attention_backward(
     """Gradients of `tree_attention` with respect to q, k, v and the learnt keys and values, in their shapes."""
     past = past_k.shape[1]
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    sums, past_sums = ([torch.zeros_like(x, dtype=torch.float32) for x in pair] for pair in ((k, v), (past_k, past_v)))
+    sums = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v)]
+    past_sums = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (past_k, past_v)]
     for (a, b), above in _segments(starts, parents, window):
         end = min(a + round_up(b - a), q.shape[2])
         before = _total(above)
@@ -171,8 +172,8 @@ def _(
     scaling: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return q, k, v, torch.empty_like(past_k), torch.empty_like(past_v)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, past_k, past_v)]
+    return grads[0], grads[1], grads[2], grads[3], grads[4]
 
 
 def _setup_context(
