@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import datetime
 import subprocess
+import time
 from pathlib import Path
+
+import torch
 
 from weitiao.environment import environment
 
@@ -18,6 +21,18 @@ def describe_machine() -> str:
     versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     return f"{here.processor}, {here.cores} cores, {here.gpu}; {versions}; {today}; commit {commit}{changed}"
+
+
+def seconds() -> float:
+    """A clock: of the processor's time where torch has one thread, so that other programs do not count; else as usual.
+
+    On a GPU the usual one, and what it was given is awaited.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (
+        time.process_time() if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter()
+    )
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from machine import describe_machine
+from machine import describe_machine, seconds
 
 from weitiao.messages import Message
 from weitiao.models.opening import OpenModel, open_model
@@ -61,12 +60,10 @@ class Side:
 
     def take(self, rows: list[Example]) -> tuple[float, float, int]:
         """Seconds, loss and computed tokens of a step."""
-        started = time.perf_counter()
+        started = seconds()
         batches = self.lay_out(rows)
         loss, _, _ = take_step(self.setup, batches, self.settings)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - started, loss, sum(batch.token_ids.shape[1] for batch in batches)
+        return seconds() - started, loss, sum(batch.token_ids.shape[1] for batch in batches)
 
 
 def make_steps(opened: OpenModel, path: Path, *, num_steps: int, num_tokens: int) -> list[list[Example]]:
@@ -133,7 +130,7 @@ def main() -> None:
     options.model = options.model or starter_folder()
     print(describe_machine(), flush=True)
     opened = open_model(str(options.model))
-    warmup = 2
+    warmup = 1
     steps = make_steps(opened, options.rows, num_steps=options.steps + warmup, num_tokens=options.document)
     del opened
     difference = prove(options, steps[0])
@@ -144,16 +141,16 @@ def main() -> None:
     if options.compile:
         for side in sides:
             side.setup.trained.compile_layers()
-    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    times: dict[str, list[float]] = {side.name: [] for side in sides}
     for number, rows in enumerate(steps):
         for side in sides:
             took, loss, computed = side.take(rows)
             if number >= warmup:
-                seconds[side.name].append(took)
+                times[side.name].append(took)
             note = " (not counted)" if number < warmup else ""
             print(f"step {number + 1} {side.name}: {took:.2f} s, loss {loss:.4f}, {computed} tokens{note}", flush=True)
     whole = sum(map(len, steps[-1]))
-    speed = {name: len(QUESTIONS) / statistics.median(times) for name, times in seconds.items()}
+    speed = {name: len(QUESTIONS) / statistics.median(taken) for name, taken in times.items()}
     gain = speed["shared"] / speed["each row whole"]
     print(f"\neight rows of {whole} tokens in all\n\n| layout | rows/s | tokens/s of whole rows |\n|---|---|---|")
     for name, value in speed.items():
