@@ -58,6 +58,8 @@ def test_the_learning_rate_is_the_methods_own_where_the_recipe_says_none() -> No
     assert read({"name": "lora"}).train.learning_rate == read({}).train.learning_rate == Train().learning_rate == 5e-4
     assert read({"name": "full"}).train.learning_rate < read({"name": "freeze"}).train.learning_rate < 5e-4
     assert read({"name": "prompt_tuning"}).train.learning_rate > 5e-3
+    assert read({"name": "ptuning_v2"}).train.learning_rate == 2e-2
+    assert read({"name": "ptuning_v2", "projection": True}).train.learning_rate == 5e-4
     assert read({"name": "full"}, learning_rate=1e-3, epochs=1).train.learning_rate == 1e-3
     assert read({"name": "full"}, epochs=1).train.epochs == 1
     written = read({"name": "full"})

@@ -159,6 +159,7 @@ def _as_method(value: Any) -> Any:
 Method = Annotated[Annotated[AnyMethod, Field(discriminator="name")], BeforeValidator(_as_method)]
 
 _LEARNING_RATES: dict[str, float] = {
+    "ptuning_v2": 2e-2,  # ChatGLM-6B's own trainer's
     "ptuning_v1": 5e-3,
     "prompt_tuning": 5e-2,
     "freeze": 1e-4,
@@ -170,5 +171,7 @@ _LEARNING_RATES: dict[str, float] = {
 
 def learning_rate_of(method: Any) -> float | None:
     """The learning rate that suits `method`, as a recipe has it before it is read; None where that of `Train` does."""
-    name = method.get("name") if isinstance(method, Mapping) else getattr(method, "name", None)
-    return _LEARNING_RATES.get(str(name))
+    settings = method if isinstance(method, Mapping) else method.model_dump() if isinstance(method, Part) else {}
+    if settings.get("projection"):  # its network learns at LoRA's rate
+        return None
+    return _LEARNING_RATES.get(str(settings.get("name")))
