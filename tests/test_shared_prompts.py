@@ -310,6 +310,7 @@ def test_every_learnt_token_keeps_its_weight_owner_and_predecessor(
     assert learnt[0] == learnt[1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at it
 def test_layers_can_be_compiled() -> None:
     """One of them, traced for forward and backward; the others stay as they are."""
@@ -399,6 +400,13 @@ def test_contexts_that_are_read_in_both_directions_are_never_shared() -> None:
     assert len(said) == 1 and "every token of a context sees all of it" in said[0]
     with pytest.raises(ModelError, match="cannot share their beginnings"):
         make_batches(rows, tokens_per_pass=300, row_prefix=trained.row_prefix, share=True)
+
+
+def test_a_process_without_rows_of_its_own_has_no_passes() -> None:
+    assert make_batches(asked(), tokens_per_pass=300, places=[], share=True) == []
+    [batch] = make_batches(asked(), tokens_per_pass=300, places=[1, 3], share=True)
+    assert sorted(set(batch.owners.tolist())) == [1, 3]
+    assert batch.row_parents is not None
 
 
 def test_rows_taken_one_at_a_time_share_nothing() -> None:

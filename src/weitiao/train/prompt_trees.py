@@ -48,6 +48,8 @@ def grow_trees(rows: Sequence[Tokens], places: Sequence[int]) -> list[Segment]:
     Rows of 40 tokens that differ in the last two: one segment of 32 tokens, the block of eight being the smallest
     thing that is compared, and two of eight.
     """
+    if not places:
+        return []
     ordered = sorted(places, key=lambda place: (rows[place], place))
     alike = [_common(rows[one], rows[other]) for one, other in pairwise(ordered)]
     segments: list[Segment] = []

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..models.own_weights import computing_dtype
 from ..recipe import Train
@@ -102,6 +103,8 @@ def why_not_shared(trained: TrainedModel) -> str:
         return (
             "every token of a context sees all of it in this model, so a part of a context is another one in each row"
         )
+    if any(isinstance(parameter, DTensor) for parameter in trained.parameters()):
+        return "with weights spread over processes, all of them would have to share alike"
     dropping = [one.p for one in trained.modules() if isinstance(one, nn.Dropout) and one.p > 0]
     dropping += [p for one in trained.modules() if isinstance(p := getattr(one, "dropout", None), float) and p > 0]
     if dropping:
