@@ -22,18 +22,19 @@ PATIENCE_SECONDS = 280
 
 
 def write_recipe(folder: Path, model: Path, *, rows: int = 24, **train: Any) -> Path:
-    """`folder` with rows.jsonl of different lengths and recipe.yaml, in float32 and without dropout."""
-    with (folder / "rows.jsonl").open("w", encoding="utf-8") as stream:
-        for number in range(rows):
-            text = TEXTS[number % 12] * (1 + number * 7 % 23)
-            context = f"Instruction: 回答。\nInput: 选一个标签。\n\n{text}{number}\nAnswer: "
-            target = json.dumps([LABELS[number % 12 // 4]], ensure_ascii=False)
-            stream.write(json.dumps({"context": context, "target": target}, ensure_ascii=False) + "\n")
+    """`folder` with rows of different lengths, five dev rows and recipe.yaml, in float32 and without dropout."""
+    for file, first, last in (("rows.jsonl", 0, rows), ("dev.jsonl", rows, rows + 5)):
+        with (folder / file).open("w", encoding="utf-8") as stream:
+            for number in range(first, last):
+                text = TEXTS[number % 12] * (1 + number * 7 % 23)
+                context = f"Instruction: 回答。\nInput: 选一个标签。\n\n{text}{number}\nAnswer: "
+                target = json.dumps([LABELS[number % 12 // 4]], ensure_ascii=False)
+                stream.write(json.dumps({"context": context, "target": target}, ensure_ascii=False) + "\n")
     settings = {"batch_size": 8, "learning_rate": 5e-3, "log_every": 1, "compile": "never", "save_every": 2, **train}
     recipe = {
         "name": "whole",
         "model": {"path": str(model), "dtype": "float32"},
-        "data": {"train": "rows.jsonl"},
+        "data": {"train": "rows.jsonl", "dev": "dev.jsonl"},
         "method": {"dropout": 0.0},
         "train": settings,
     }

@@ -14,6 +14,17 @@ import psutil
 
 from .errors import RunError
 
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+_NOT_TAKEN = {
+    "ACCELERATE_MIXED_PRECISION": ("no", "say model.dtype in the recipe"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "say train.compile in the recipe"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "train.tokens_per_pass in the recipe cuts steps into passes"),
+    "ACCELERATE_USE_FSDP": ("false", "every process holds the whole model"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "every process holds the whole model"),
+}
+"""What accelerate's own settings may say, by the value that asks for nothing, and what to do instead."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
@@ -38,6 +49,12 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
         RunError: `environ` speaks of several processes, but not as torchrun and accelerate do.
     """
     size, known = environ.get("WORLD_SIZE"), [name for name in ("RANK", "LOCAL_RANK") if name in environ]
+    for name in _OF_MPI if size is None else ():
+        if int(environ.get(name, "1")) > 1:
+            raise RunError(
+                f"{name} is {environ[name]}: processes started by mpirun do not find each other, and each would train "
+                f"the whole run. Start them with torchrun or accelerate launch."
+            )
     if size is None or (size == "1" and not known):
         return None
     if len(known) < 2 or "MASTER_ADDR" not in environ:
@@ -46,6 +63,9 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
             f"WORLD_SIZE is {size}, but {' and '.join(missing)} are not set. Start the processes with torchrun or "
             f"accelerate launch, or unset WORLD_SIZE to train in this process alone."
         )
+    for name, (plain, instead) in _NOT_TAKEN.items():
+        if environ.get(name, plain).lower() != plain:
+            raise RunError(f"accelerate launch says {name}={environ[name]}, which weitiao does not take: {instead}.")
     return Launch(
         rank=int(environ["RANK"]),
         size=int(size),

@@ -116,7 +116,7 @@ def make_batches(
     total = sum(weight * row.num_supervised for weight, row in zip(answer_weights, rows, strict=True))
     own = range(len(rows)) if places is None else places
     shares = [weight / total for weight in answer_weights]
-    passes = share_beginnings(rows, own, tokens_per_pass) if share else None
+    passes = share_beginnings(rows, own, tokens_per_pass) if share and own else None
     if passes is None:
         placed = share_passes([len(rows[place]) for place in own], tokens_per_pass=tokens_per_pass)
         tokens = [row.token_ids for row in rows]
