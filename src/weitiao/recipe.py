@@ -237,7 +237,7 @@ class Train(Part):
     shared_prompts: Literal["auto", "never"] = Field(
         "auto",
         description="What the rows of a step begin with alike, a document or an instruction, is computed once. auto: "
-        "where it saves a tenth of the tokens, and the first such step proves that loss and gradient stay the same.",
+        "where it saves a quarter of the tokens, and the first such step proves that loss and gradient stay the same.",
     )
     group_prompts: bool = Field(
         False,
