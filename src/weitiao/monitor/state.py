@@ -85,7 +85,7 @@ def read_state(run: RunFolder) -> RunState | None:
     """
     try:
         return RunState(**json.loads(run.state.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{run.state} cannot be read ({error}). Delete it: the next training writes it anew.") from None
