@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import os
-import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,7 +25,6 @@ from weitiao.runs import RunFolder, Sample
 from weitiao.train import plan as plan_module
 from weitiao.tune import tune_model
 
-MISSING = "not installed; pip install 'weitiao[{}]'"
 PLAIN = {"name": "tiny", "model": "m", "data": {"train": "rows.jsonl"}}
 TRAIN_LINE = {"kind": "train", "step": 3, "loss": 1.5, "task_losses": {"标签": 2.0, "a/b": 1.0}, "grad_norm": None}
 DEV_LINE = {"kind": "dev", "step": 3, "loss": 0.5, "task_losses": {}, "overall": 0.75, "scores": {"标签": {"f1": 0.75}}}
@@ -360,99 +354,6 @@ def test_no_key_of_the_environment_is_written_into_the_run(
         content = file.read_bytes()
         assert not [name for name, value in keys.items() if value.encode() in content], file
     assert without_secrets("at https://u:p@h/x with secret-of-hf_token") == "at https://***@h/x with ***"
-
-
-# ---- the other tools, each where it is installed ------------------------------------------------------------------
-
-third_party = pytest.mark.filterwarnings("ignore")  # what these tools warn of is theirs
-
-
-@third_party
-@pytest.mark.parametrize("mode", ["offline", "disabled", "local"])
-def test_swanlab_without_a_network(mode: str) -> None:
-    pytest.importorskip("swanlab", reason=MISSING.format("swanlab"))
-    if mode == "local":
-        pytest.importorskip("swanboard", reason="not installed; pip install 'swanlab[dashboard]'")
-    handler = signal.getsignal(signal.SIGINT)
-    _, said = show_everything(recipe_with({"name": "swanlab", "mode": mode, "project": "p"}))
-    assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C saves a training; it is not SwanLab's"
-    written = [file for file in Path("swanlog").rglob("*") if file.is_file()] if Path("swanlog").exists() else []
-    names = {file.parent.parent.name for file in written}
-    if mode == "disabled":
-        assert said == []
-        assert not [file for file in written if file.stat().st_size > 1]
-        return
-    ((told),) = said
-    assert told.startswith(
-        {"offline": "monitor swanlab: swanlab sync ", "local": "monitor swanlab: swanlab watch "}[mode]
-    )
-    content = b"".join(file.read_bytes() for file in written)
-    for name in ("train/loss", "train/task_loss/标签", "dev/score/标签/f1", "dev/samples", "curve"):
-        assert name.encode() in content, name
-    assert any(file.suffix == ".png" for file in written), names
-
-
-@third_party
-def test_swanlab_online_without_a_key_says_what_to_do() -> None:
-    pytest.importorskip("swanlab", reason=MISSING.format("swanlab"))
-    with pytest.raises(RunError, match=r"swanlab could not be started: RuntimeError.*API key.*Mend that"):
-        show_everything(recipe_with("swanlab"))
-
-
-@third_party
-def test_wandb_offline() -> None:
-    pytest.importorskip("wandb", reason=MISSING.format("wandb"))
-    run, said = show_everything(recipe_with({"name": "wandb", "mode": "offline"}))
-    reference = json.loads(run.monitors.read_text(encoding="utf-8"))["wandb"]
-    (folder,) = Path("wandb").glob(f"offline-run-*-{reference}")
-    assert said == [f"monitor wandb: wandb sync {folder.resolve()}"] or said == [f"monitor wandb: wandb sync {folder}"]
-    (file,) = folder.glob("*.wandb")
-    names = (b"train/loss", "dev/score/标签/f1".encode(), b"dev/samples", b"curve")
-    end = time.monotonic() + 30
-    while not all(name in file.read_bytes() for name in names):  # wandb's own process writes them after `finish`
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    assert list(folder.rglob("*.png"))
-    assert list(folder.rglob("*.table.json"))
-    with pytest.raises(RunError, match=r"nobody is logged in\. Run wandb login, set WANDB_API_KEY"):
-        show_everything(make_recipe({**PLAIN, "monitor": "wandb"}), resume=False)
-
-
-@third_party
-def test_mlflow_in_a_folder() -> None:
-    mlflow = pytest.importorskip("mlflow", reason=MISSING.format("mlflow"))
-    recipe = recipe_with({"name": "mlflow", "tracking_uri": "mlruns"})
-    run, (told,) = show_everything(recipe)
-    reference = json.loads(run.monitors.read_text(encoding="utf-8"))["mlflow"]
-    assert told == f"monitor mlflow: run {reference} of experiment weitiao"
-    client = mlflow.MlflowClient(tracking_uri="mlruns")
-    shown = client.get_run(reference)
-    assert shown.info.status == "FINISHED"
-    assert shown.data.metrics == {**flat_figures(TRAIN_LINE), **flat_figures(DEV_LINE)}
-    assert shown.data.params["train.epochs"] == "3.0"
-    assert {file.path for file in client.list_artifacts(reference)} == {"recipe.yaml", "dev", "curve"}
-    (table,) = Path("mlruns").rglob("step-000003.json")
-    assert json.loads(table.read_text(encoding="utf-8"))["data"][0][-1] == '["财经"]'
-    show_everything(recipe, resume=True)
-    assert len(client.get_metric_history(reference, "train/loss")) == 2, "a resumed run is the same one"
-
-
-@third_party
-def test_trackio_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if "trackio" not in __import__("sys").modules:  # it reads this once, when it is imported
-        monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trackio = pytest.importorskip("trackio", reason=MISSING.format("trackio"))
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    _, said = show_everything(recipe_with({"name": "trackio", "project": "weitiao-test"}))
-    assert said == ["monitor trackio: trackio show --project weitiao-test"]
-    from trackio.sqlite_storage import SQLiteStorage
-
-    rows = SQLiteStorage.get_logs("weitiao-test", "tiny")
-    figures: dict[str, Any] = {key: value for row in rows for key, value in row.items()}
-    assert figures["train/loss"] == 1.5
-    assert figures["dev/score/标签/f1"] == 0.75
-    assert figures["dev/samples"]["_type"] == "trackio.table"
-    assert trackio.__version__
 
 
 def test_a_python_user_gets_monitors_as_the_command_line_does(tiny_llama_folder: Path, sample_rows: Path) -> None:
