@@ -4,9 +4,9 @@
 
 Starter model, LoRA and batches as by default; the same steps with eager and with compiled layers, as many threads as
 OMP_NUM_THREADS says; with one, the processor's time is counted, whatever else runs on the machine. The peak is that of
-the fastest bfloat16 product of several shapes. Only
-products that the loss and its gradient need are counted: the body forward and its input gradients, LoRA's weight
-gradients, attention's visible scores, the head at learnt tokens; not what is computed again, nor what fills passes up.
+the fastest bfloat16 product of several shapes. Only products that the loss and its gradient need are counted: the body
+forward and its input gradients, LoRA's weight gradients, attention's visible scores, the head at learnt tokens; not
+what is computed again, nor what fills passes up.
 
 Attention and the body's bare products are measured apart, in the same shapes, one layer after the other: the rest of
 the body is norms, activations, additions, rotary positions, copies, and LoRA's thin products.
