@@ -3,7 +3,7 @@
     python docs/make_reference.py            write docs/reference/
     python docs/make_reference.py --check    write nothing; exit with 1 when a page differs from the code
 
-The words on the pages are those of `recipe.py` and `cli/`; this script knows their layout only.
+The words on the pages are those of `recipe/` and `cli/`; this script knows their layout only.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def recipe_page(schema: Schema) -> str:
     """The page of recipe keys: one table for the recipe itself and one for each of its parts."""
     parts = [
         "# The recipe",
-        "Written by `docs/make_reference.py` from `src/weitiao/recipe.py`; do not edit.",
+        "Written by `docs/make_reference.py` from `src/weitiao/recipe/`; do not edit.",
         "A recipe is one YAML file. `weitiao init` writes one; `weitiao check` reads one strictly: an unknown key or a "
         "wrong value is an error, and all of them are named at once. Only required keys must be given; in a file, "
         "`name` may be left out too and is then the file's name. "

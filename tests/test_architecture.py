@@ -29,14 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "contract": {"errors", "runs"},
     "stopping": set(),
     "launch": {"errors"},
-    "recipe_problems": set(),
-    "recipe_part": set(),
-    "recipe_monitor": {"recipe_part"},
-    "recipe_methods": {"recipe_part"},
-    "recipe_text": {"errors"},
-    "recipe": {"errors", "recipe_problems", "recipe_part", "recipe_monitor", "recipe_methods", "recipe_text"},
+    "recipe": {"errors"},
     "visible": set(),
-    "monitor": {"errors", "runs", "recipe_monitor", "recipe", "visible"},
+    "monitor": {"errors", "runs", "recipe", "visible"},
     "dataset": {"errors", "cache", "data", "tasks", "recipe"},
     "init": {"errors", "data", "dataset", "recipe", "runs"},
     # from here on with torch
@@ -54,7 +49,7 @@ TOP = {"export", "tune", "token_cache", "preparation", "decoding", "dev_scoring"
 """They bring everything together; nothing imports them but each other."""
 
 WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "stopping", "launch", "contract",
-                 "recipe", "recipe_part", "recipe_monitor", "recipe_methods", "recipe_problems", "recipe_text",
+                 "recipe",
                  "monitor", "dataset", "init", "visible", "check", "migrate", "cli", "__init__",
                  "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "matplotlib"}

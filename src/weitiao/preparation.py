@@ -20,7 +20,7 @@ from .errors import DataError, RecipeError
 from .lookup import look_up
 from .models.opening import OpenModel, open_model
 from .recipe import Freeze, Full, Generate, Ia3, PromptTuning, PTuning, PTuningV1, Recipe, Train
-from .recipe_methods import learning_rate_of
+from .recipe.methods import learning_rate_of
 from .render.base import Example
 from .render.example_store import answers_of
 from .render.fitting import FittedRows

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 
 from ..errors import RecipeError
-from ..recipe_monitor import AnyMonitor, Mlflow, SwanLab, TensorBoard, Trackio, Wandb
+from ..recipe.monitor import AnyMonitor, Mlflow, SwanLab, TensorBoard, Trackio, Wandb
 from .base import Monitor
 
 

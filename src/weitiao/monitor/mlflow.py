@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 
-from ..recipe_monitor import Mlflow
+from ..recipe.monitor import Mlflow
 from .base import Ending, Monitor, MonitoredRun, Started
 
 _ENDINGS = {"finished": RunStatus.FINISHED, "interrupted": RunStatus.KILLED, "failed": RunStatus.FAILED}

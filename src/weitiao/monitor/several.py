@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import RunError
 from ..recipe import Recipe
-from ..recipe_monitor import AnyMonitor
+from ..recipe.monitor import AnyMonitor
 from ..runs import RunFolder, Sample, write_json
 from .base import Ending, Monitor, MonitoredRun, Started
 from .choosing import make_monitor

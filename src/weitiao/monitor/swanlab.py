@@ -7,7 +7,7 @@ from pathlib import Path
 
 import swanlab
 
-from ..recipe_monitor import SwanLab
+from ..recipe.monitor import SwanLab
 from .base import Ending, Monitor, MonitoredRun, Started
 
 _ENDINGS = {"finished": "success", "interrupted": "aborted", "failed": "crashed"}

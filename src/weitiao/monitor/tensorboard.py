@@ -18,7 +18,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from ..recipe_monitor import TensorBoard
+from ..recipe.monitor import TensorBoard
 from .base import Ending, Monitor, MonitoredRun, Started
 
 

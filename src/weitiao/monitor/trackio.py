@@ -7,7 +7,7 @@ from pathlib import Path
 
 import trackio
 
-from ..recipe_monitor import Trackio
+from ..recipe.monitor import Trackio
 from .base import Ending, Monitor, MonitoredRun, Started
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import wandb
 
 from ..errors import RunError
-from ..recipe_monitor import Wandb
+from ..recipe.monitor import Wandb
 from .base import Ending, Monitor, MonitoredRun, Started
 
 

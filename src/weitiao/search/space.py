@@ -19,8 +19,8 @@ from pydantic import Field, ValidationError
 
 from ..errors import RecipeError
 from ..recipe import Recipe, make_recipe, read_yaml
-from ..recipe_part import Part
-from ..recipe_problems import complaints
+from ..recipe.part import Part
+from ..recipe.problems import complaints
 
 Value = Any
 """What one key of a recipe may hold: whatever YAML can say."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from .errors import RecipeError
+from ..errors import RecipeError
 
 
 class _StrictLoader(yaml.SafeLoader):

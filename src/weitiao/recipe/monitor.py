@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from .recipe_part import Part
+from .part import Part
 
 _SECRET_WORDS = ("key", "token", "password", "secret")
 

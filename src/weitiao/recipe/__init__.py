@@ -13,8 +13,8 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from .errors import RecipeError
-from .recipe_methods import (
+from ..errors import RecipeError
+from .methods import (
     AnyMethod,
     Freeze,
     Full,
@@ -26,11 +26,11 @@ from .recipe_methods import (
     PTuningV1,
     learning_rate_of,
 )
-from .recipe_monitor import Monitors
-from .recipe_part import Part
-from .recipe_problems import complaints
-from .recipe_text import apply_override, deep_copy
-from .recipe_text import read_yaml as read_yaml
+from .monitor import Monitors
+from .part import Part
+from .problems import complaints
+from .text import apply_override, deep_copy
+from .text import read_yaml as read_yaml
 
 __all__ = [
     "AnyMethod",

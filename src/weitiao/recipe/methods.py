@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from .recipe_part import Part
+from .part import Part
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 
