@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from weitiao.cli import app
+from weitiao.train import loop as loop_module
 from weitiao.train import plan as plan_module
 
 
@@ -53,3 +54,21 @@ def light_training() -> Iterator[None]:
         patch.setattr(plan_module, "_matrix_peak", lambda dtype, device: 1e10)
         yield
     torch.set_num_threads(before)
+
+
+@contextmanager
+def quick_training() -> Iterator[None]:
+    """As `light_training`, and no curve is drawn: at every scoring that takes as long as the rest of a tiny run."""
+    with light_training(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
+        yield
+
+
+def write_topics(path: Path) -> None:
+    """Two dozen rows of a single character and a number, with one of three labels each."""
+    rows = []
+    for number, text in enumerate(("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账") * 2):
+        context = f"Instruction: 回答。\nInput: 选一个标签。\n\n{text}{number}\nAnswer: "
+        target = json.dumps([("体育", "科技", "财经")[number % 12 // 4]], ensure_ascii=False)
+        rows.append({"context": context, "target": target})
+    write_rows(path, rows)

@@ -5,6 +5,7 @@
     tiny_gemma3_folder    a base model with sliding-window attention, <bos> before every text
     tiny_gemma2_folder    the same, its attention scores soft-capped: packed rows are beyond it
     sample_rows           a .jsonl file of two dozen rows: labels and triples
+    one_thread            torch computes with one thread
     starter_folder_or_skip, shared_or_skip    the starter model, the project's shared folder; skip where absent
 
 Each model folder holds config.json, generation_config.json, model.safetensors (float32, 2 layers, hidden 32, random
@@ -16,6 +17,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,10 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # started behind an `&`, where shells have Ctrl-C ignored; processes that tests start and interrupt would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -97,6 +104,15 @@ def _ids_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny products are several times as fast without a second thread to wait for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -80,3 +81,11 @@ def made_renderer(layout: GlmLayout) -> Any:
 def real_renderer(layout: GlmLayout, shared: Path) -> Any:
     """The format of `layout` over the real vocabulary."""
     return glm_renderer(layout, real_tokenizer(layout, shared))
+
+
+def renderer_named(name: str, request: pytest.FixtureRequest) -> Any:
+    """The renderer of ``LAYOUT made`` or ``LAYOUT real``; the test is skipped where the real vocabulary is absent."""
+    layout, kind = name.split()
+    if kind == "made":
+        return made_renderer(layout)  # type: ignore[arg-type]
+    return real_renderer(layout, request.getfixturevalue("shared_or_skip"))  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -33,13 +33,7 @@ examples = st.lists(any_example, min_size=1, max_size=12)
 weights_lists = st.lists(st.sampled_from([1.0, 1.0, 2.0, 0.5, 1.5, 0.25]), min_size=1, max_size=30)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products are several times as fast without a second thread to wait for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- The order -------------------------------------------------------------------------------------------------------

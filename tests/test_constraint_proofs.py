@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,13 +22,7 @@ from weitiao.tasks.fields import Field
 from weitiao.tasks.forms import STYLES, AnswerForm
 from weitiao.tasks.grammar import form_grammar
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- random grammars, random models, hostile texts ------------------------------------------------------------------

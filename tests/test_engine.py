@@ -52,12 +52,7 @@ def tiny_model(family: str) -> PreTrainedModel:
     return model.float().eval()
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["gemma3", "qwen2", "llama"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from command_line import light_training, refuse, succeed
+from command_line import quick_training, refuse, succeed
 from weitiao.check.examine import Subject, check_subject
 from weitiao.data.mixture import choose_share
 from weitiao.dataset import load_dataset
@@ -23,15 +23,13 @@ from weitiao.search import learning_curve as curve_module
 from weitiao.search.curve_page import describe_forecast
 from weitiao.search.learning_curve import FEWEST_DEV_ROWS, learning_curve, make_curve, rises
 from weitiao.search.power_law import EXPONENTS, fit_power_law
-from weitiao.train import loop as loop_module
 
 SHARES = (0.25, 0.5, 1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def lighter_work() -> Iterator[None]:
-    with light_training(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
+    with quick_training():
         yield
 
 

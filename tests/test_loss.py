@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -76,13 +76,7 @@ MODELS = [gemma2, gemma3, gemma3_softcapped, qwen2, qwen2_tied, llama]
 MakeModel = Callable[[], PreTrainedModel]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products are several times as fast without a second thread to wait for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(model: MakeModel) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from command_line import light_training, read_lines, refuse, succeed
+from command_line import quick_training, read_lines, refuse, succeed
 from prefix_models import tiny
 from test_train import Screen, losses, recipe_for, run_recipe
 from tuned_models import eight_rows, learn, logits_of, set_up_for, settings_for
@@ -28,7 +28,6 @@ from weitiao.models.quantized import quantize_model
 from weitiao.preparation import prepare
 from weitiao.recipe import AnyMethod, Freeze, Full, Ia3, Lora, Recipe, Train, make_recipe
 from weitiao.runs import RunFolder
-from weitiao.train import loop as loop_module
 from weitiao.train.plan import make_plan
 from weitiao.tuning.methods import add_adapter, count_parameters, resume_adapter
 
@@ -38,8 +37,7 @@ IDS = torch.tensor([[5, 9, 33, 12, 40, 8]])
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
-    with light_training():
+    with quick_training():
         yield
 
 

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 
+from command_line import quick_training
 from tuned_models import (
     FAMILIES,
     LEARNT_TOKENS,
@@ -26,8 +27,6 @@ from tuned_models import (
 )
 from weitiao.models.adapters import load_adapter, save_adapter, without_adapter
 from weitiao.runs import RunFolder
-from weitiao.train import loop as loop_module
-from weitiao.train import plan as plan_module
 from weitiao.train.loop import train
 from weitiao.tuning.methods import add_adapter
 
@@ -38,12 +37,8 @@ CASES = [pytest.param(family, name, id=f"{family}-{name}") for family in FAMILIE
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(plan_module, "_matrix_peak", lambda dtype, device: 1e10)
-    monkeypatch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with quick_training():
+        yield
 
 
 def goal(family: str, name: str) -> float:

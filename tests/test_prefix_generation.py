@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,13 +20,7 @@ from weitiao.models.glm.chatglm import ChatGlmForCausalLM
 from weitiao.models.prefix_lm import row_prefix
 from weitiao.models.ptuning import prefix_encoder_of, prefix_states
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prompts_for(family: str, count: int = 11, seed: int = 1) -> list[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -54,12 +53,7 @@ def assert_same_gradients(ours: dict[str, Tensor], reference: dict[str, Tensor])
         assert (ours[name] - grad).norm() <= 1e-5 * max(grad.norm(), 0.01 * whole), name
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- packed rows --------------------------------------------------------------------------------------------------

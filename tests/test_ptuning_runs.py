@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from command_line import light_training, read_lines, succeed
+from command_line import quick_training, read_lines, succeed
 from glm_checkpoints import golden_folder
 from test_train import Screen, losses, recipe_for, run_recipe, without_speed
 from weitiao.apply import open_run
@@ -32,7 +32,6 @@ from weitiao.preparation import prepare
 from weitiao.prompting import prompt_model
 from weitiao.recipe import Lora, PTuning, Recipe
 from weitiao.runs import RunFolder
-from weitiao.train import loop as loop_module
 from weitiao.tuning.methods import add_adapter, count_parameters, resume_adapter
 
 QUESTIONS = [
@@ -45,8 +44,7 @@ QUESTIONS = [
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In a folder of its own, where runs/ goes; drawing curves takes half of a tiny run's time."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
-    with light_training():
+    with quick_training():
         yield
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from command_line import light_training, refuse, run_cli
+from command_line import quick_training, refuse, run_cli, write_topics
 from weitiao.apply import open_run
 from weitiao.cli.models import join_resume
 from weitiao.errors import ContractError, RunError
@@ -26,8 +26,7 @@ STEPS, SAVED = 9, (1, 2, 3, 4, 5, 6)
 
 @pytest.fixture(autouse=True, scope="module")
 def light() -> Iterator[None]:
-    with light_training(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
+    with quick_training():
         yield
 
 
@@ -35,11 +34,7 @@ def light() -> Iterator[None]:
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
     """Rows, a recipe, the run never stopped in runs/whole, and in runs/tiny one with the checkpoints `SAVED`."""
     home = tmp_path_factory.mktemp("resuming")
-    with (home / "rows.jsonl").open("w", encoding="utf-8") as stream:
-        for number, text in enumerate(("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账") * 2):
-            context = f"Instruction: 回答。\nInput: 选一个标签。\n\n{text}{number}\nAnswer: "
-            target = json.dumps([("体育", "科技", "财经")[number % 12 // 4]], ensure_ascii=False)
-            stream.write(json.dumps({"context": context, "target": target}, ensure_ascii=False) + "\n")
+    write_topics(home / "rows.jsonl")
     recipe = {
         "name": "tiny",
         "model": {"path": str(tiny_llama_folder), "dtype": "float32"},

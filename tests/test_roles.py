@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import GlmConfig, GlmForCausalLM
 
-from made_glm import made_renderer, real_renderer, vocabulary_folder
+from made_glm import renderer_named, vocabulary_folder
 from test_conversation import CALL, TALK, TALK_REPLY, TOOL_TALK, WEATHER, learnt_runs, say
+from tiny_models import model_of
 from weitiao.data.formats import row_to_record
 from weitiao.data.record import Record
 from weitiao.errors import RenderError
@@ -48,13 +47,7 @@ ARGUMENTS = st.dictionaries(
 
 @pytest.fixture
 def named(request: pytest.FixtureRequest) -> GetRenderer:
-    def get(name: str) -> RolesRenderer:
-        layout, kind = name.split()
-        if kind == "made":
-            return made_renderer(layout)  # type: ignore[arg-type, no-any-return]
-        return real_renderer(layout, request.getfixturevalue("shared_or_skip"))  # type: ignore[arg-type, no-any-return]
-
-    return get
+    return lambda name: renderer_named(name, request)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(params=CASES)
@@ -344,21 +337,7 @@ def test_tokens_are_placed_in_the_answers_text(renderer: RolesRenderer) -> None:
 
 
 def test_replies_are_held_to_their_grammar_where_tools_are_on_offer_and_where_none_is(made: RolesRenderer) -> None:
-    torch.manual_seed(0)
-    size = len(made.tokenizer)
-    model = GlmForCausalLM(
-        GlmConfig(
-            vocab_size=size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            pad_token_id=0,
-            initializer_range=0.2,
-        )
-    ).eval()
+    model = model_of("glm", len(made.tokenizer))
     grammar = 'start: "```json\\n[" A "]\\n```"\nA: "\\"水果\\"" | "\\"手机\\""'
     questions = [[say("user", "什么？")]] * 4
     tools = [(), (WEATHER,), (), (WEATHER,)]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from made_glm import LAYOUTS, made_renderer, real_renderer, vocabulary_folder
+from made_glm import LAYOUTS, real_renderer, renderer_named, vocabulary_folder
 from test_conversation import CALL, TALK, TALK_REPLY, TOOL_TALK, WEATHER, learnt_runs, say
 from weitiao.check.examine import check_subject, find_subject
 from weitiao.data.formats import row_to_record
@@ -36,13 +36,7 @@ TEXTS = st.lists(st.one_of(st.text(CHARACTERS, max_size=8), st.sampled_from(CONT
 
 @pytest.fixture
 def named(request: pytest.FixtureRequest) -> GetRenderer:
-    def get(name: str) -> RoundsRenderer:
-        layout, kind = name.split()
-        if kind == "made":
-            return made_renderer(layout)  # type: ignore[arg-type, no-any-return]
-        return real_renderer(layout, request.getfixturevalue("shared_or_skip"))  # type: ignore[arg-type, no-any-return]
-
-    return get
+    return lambda name: renderer_named(name, request)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(params=CASES)

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
+from command_line import quick_training
 from weitiao.recipe import Recipe, make_recipe
 from weitiao.runs import RunFolder
 from weitiao.train import loop as loop_module
-from weitiao.train import plan as plan_module
 from weitiao.tune import tune_model
 
 CHARACTERS = "春夏秋冬山川河海日月星辰风雨雷电东西南北上下左右花草树木鸟兽虫鱼金银铜铁红黄蓝绿父母兄弟姐妹师友"
@@ -26,12 +25,8 @@ QUESTIONS = ("第一个字是什么？", "最后一个字是什么？", "第三�
 def quick_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """In a folder of its own, with one thread; no plot is drawn and no machine is measured."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan_module, "_matrix_peak", lambda dtype, device: 1e10)
-    monkeypatch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with quick_training():
+        yield
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from command_line import light_training, read_lines, run_cli
+from command_line import quick_training, read_lines, run_cli, write_topics
 from weitiao import tune as tune_module
 from weitiao.runs import RunFolder
 from weitiao.stopping import RESUMABLE, Stopped, StopSignals
@@ -93,8 +92,7 @@ def test_in_another_thread_nothing_is_caught_and_nothing_fails() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def light() -> Iterator[None]:
-    with light_training(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
+    with quick_training():
         yield
 
 
@@ -102,11 +100,7 @@ def light() -> Iterator[None]:
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_gemma3_folder: Path) -> Path:
     """A folder with rows, a recipe with dropout and two scorings, and the run never stopped, runs/whole."""
     home = tmp_path_factory.mktemp("stopping")
-    with (home / "rows.jsonl").open("w", encoding="utf-8") as stream:
-        for number, text in enumerate(("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账") * 2):
-            context = f"Instruction: 回答。\nInput: 选一个标签。\n\n{text}{number}\nAnswer: "
-            target = json.dumps([("体育", "科技", "财经")[number % 12 // 4]], ensure_ascii=False)
-            stream.write(json.dumps({"context": context, "target": target}, ensure_ascii=False) + "\n")
+    write_topics(home / "rows.jsonl")
     recipe = {
         "name": "tiny",
         "model": {"path": str(tiny_gemma3_folder), "dtype": "float32"},

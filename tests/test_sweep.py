@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from command_line import light_training, read_lines, refuse, run_cli, succeed, write_rows
+from command_line import quick_training, read_lines, refuse, run_cli, succeed, write_rows
 from weitiao.errors import RecipeError, ResumeError, RunError
 from weitiao.recipe import Lora, Recipe, load_recipe, make_recipe
 from weitiao.runs import RunFolder
@@ -22,7 +22,6 @@ from weitiao.search import sweep as sweep_module
 from weitiao.search.space import Space
 from weitiao.search.sweep import Sweep, sweep_recipe
 from weitiao.search.trials import Journal, Trial
-from weitiao.train import loop as loop_module
 
 LABELS = ("体育", "科技", "财经")
 GOOD, POOR = 3e-2, 1e-9
@@ -31,8 +30,7 @@ GOOD, POOR = 3e-2, 1e-9
 
 @pytest.fixture(scope="module", autouse=True)
 def lighter_work() -> Iterator[None]:
-    with light_training(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
+    with quick_training():
         yield
 
 

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from command_line import quick_training
 from weitiao.contract import Contract
 from weitiao.dataset import load_dataset
 from weitiao.errors import DataError, RecipeError, ResumeError, RunError
@@ -27,7 +28,6 @@ from weitiao.render.base import Example
 from weitiao.render.fitting import fit_rows
 from weitiao.runs import RunFolder
 from weitiao.train import loop as loop_module
-from weitiao.train import plan as plan_module
 from weitiao.train.checkpoint import Progress, list_checkpoints, read_progress, save_checkpoint
 from weitiao.train.loop import Outcome, Scoring, train
 from weitiao.train.manifest import write_manifest
@@ -47,12 +47,8 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     time. Where the curve is looked at, `draw_curve` is put back.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan_module, "_matrix_peak", lambda dtype, device: 1e10)
-    monkeypatch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with quick_training():
+        yield
 
 
 class Screen(io.StringIO):

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from command_line import light_training, read_lines, refuse, run_cli
+from command_line import quick_training, read_lines, refuse, run_cli
 from weitiao.data.workers import Workers
 from weitiao.errors import DataError
 from weitiao.runs import RunFolder
@@ -73,8 +73,7 @@ STRANGE = "Ω"
 
 @pytest.fixture(autouse=True, scope="module")
 def light() -> Iterator[None]:
-    with light_training(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
+    with quick_training():
         yield
 
 

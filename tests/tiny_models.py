@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GlmConfig,
+    GlmForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -86,6 +88,8 @@ def model_of(family: str, vocab_size: int, seed: int = 0) -> PreTrainedModel:
             layers = ["sliding_attention", "full_attention"]
             config = Gemma3TextConfig(**shared, head_dim=16, sliding_window=7, layer_types=layers)
             return Gemma3ForCausalLM(config).float().eval()
+        if family == "glm":
+            return GlmForCausalLM(GlmConfig(**shared, head_dim=8, pad_token_id=0)).float().eval()
         if family == "qwen2":
             return Qwen2ForCausalLM(Qwen2Config(**shared)).float().eval()
         return LlamaForCausalLM(LlamaConfig(**shared)).float().eval()

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import ModelError
+from .attention_ops import make_differentiable
 from .row_attention import round_up, row_attention, row_gradients
 from .tree_attention import tree_attention
 
@@ -59,11 +60,6 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scaling: f
     return out
 
 
-@packed_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scaling: float, window: int) -> Tensor:
-    return q.new_empty(1, q.shape[2], q.shape[1], q.shape[3])
-
-
 @torch.library.custom_op("weitiao::packed_attention_backward", mutates_args=())
 def packed_attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scaling: float, window: int
@@ -85,35 +81,7 @@ def packed_attention_backward(
     return grads
 
 
-@packed_attention_backward.register_fake
-def _(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scaling: float, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        torch.empty_like(k, memory_format=torch.contiguous_format),
-        torch.empty_like(v, memory_format=torch.contiguous_format),
-    )
-
-
-def _setup_context(
-    ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, float, int],
-    output: Tensor,
-) -> None:
-    q, k, v, starts, scaling, window = inputs
-    ctx.save_for_backward(q, k, v, starts)
-    ctx.scaling, ctx.window = scaling, window  # type: ignore[attr-defined]
-
-
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, starts = ctx.saved_tensors  # type: ignore[attr-defined]
-    scaling, window = ctx.scaling, ctx.window  # type: ignore[attr-defined]
-    grads = packed_attention_backward(grad, q, k, v, starts, scaling, window)
-    return (*grads, None, None, None)
-
-
-packed_attention.register_autograd(_backward, setup_context=_setup_context)
+make_differentiable(packed_attention, packed_attention_backward, num_learnt=3)
 
 
 # --- Rows that see a context and learnt keys -------------------------------------------------------------------------
@@ -152,21 +120,6 @@ def prefixed_attention(
     return out
 
 
-@prefixed_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    starts: Tensor,
-    contexts: Tensor,
-    scaling: float,
-    window: int,
-) -> Tensor:
-    return q.new_empty(1, q.shape[2], q.shape[1], q.shape[3])
-
-
 def _rows_with_contexts(starts: Tensor, contexts: Tensor, window: int) -> list[tuple[int, int, int]]:
     """Where each row begins and ends in the sequence, and the length of its context."""
     rows = [(a, b, context) for (a, b), context in zip(pairwise(starts.tolist()), contexts.tolist(), strict=True)]
@@ -202,7 +155,7 @@ def prefixed_attention_backward(
     """Gradients of `prefixed_attention` with respect to q, k, v and the learnt keys and values, in their shapes."""
     past = past_k.shape[1]
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (past_k, past_v)]  # over the rows
+    sums = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (past_k, past_v)]  # over the rows
     for a, b, context in _rows_with_contexts(starts, contexts, window):
         end = min(a + round_up(b - a), q.shape[2])
         # As in packed_attention_backward: what completes the last block stands behind every context.
@@ -217,39 +170,7 @@ def prefixed_attention_backward(
     return grad_q, grad_k, grad_v, sums[0].to(past_k.dtype), sums[1].to(past_v.dtype)
 
 
-@prefixed_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    starts: Tensor,
-    contexts: Tensor,
-    scaling: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return q, k, v, torch.empty_like(past_k), torch.empty_like(past_v)
-
-
-def _setup_prefixed(
-    ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int],
-    output: Tensor,
-) -> None:
-    *tensors, scaling, window = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.scaling, ctx.window = scaling, window  # type: ignore[attr-defined]
-
-
-def _prefixed_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved, scaling, window = ctx.saved_tensors, ctx.scaling, ctx.window  # type: ignore[attr-defined]
-    return (*prefixed_attention_backward(grad, *saved, scaling, window), None, None, None, None)
-
-
-prefixed_attention.register_autograd(_prefixed_backward, setup_context=_setup_prefixed)
+make_differentiable(prefixed_attention, prefixed_attention_backward, num_learnt=5)
 
 
 # --- The function transformers calls ---------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .attention_ops import make_differentiable
 from .row_attention import rest_attention, round_up, row_attention, row_gradients
 
 
@@ -66,21 +67,6 @@ def tree_attention(
             part = row_attention(q[:, :, a:b], keys, values, scaling, window=window, past=past)
         out[:, a:b] = part.transpose(1, 2)
     return out
-
-
-@tree_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    starts: Tensor,
-    parents: Tensor,
-    scaling: float,
-    window: int,
-) -> Tensor:
-    return q.new_empty(1, q.shape[2], q.shape[1], q.shape[3])
 
 
 Span = tuple[int, int]
@@ -159,36 +145,4 @@ def tree_attention_backward(
     return grad_q, grad_k, grad_v, past_sums[0].to(past_k.dtype), past_sums[1].to(past_v.dtype)
 
 
-@tree_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    starts: Tensor,
-    parents: Tensor,
-    scaling: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, past_k, past_v)]
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
-
-
-def _setup_context(
-    ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int],
-    output: Tensor,
-) -> None:
-    *tensors, scaling, window = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.scaling, ctx.window = scaling, window  # type: ignore[attr-defined]
-
-
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved, scaling, window = ctx.saved_tensors, ctx.scaling, ctx.window  # type: ignore[attr-defined]
-    return (*tree_attention_backward(grad, *saved, scaling, window), None, None, None, None)
-
-
-tree_attention.register_autograd(_backward, setup_context=_setup_context)
+make_differentiable(tree_attention, tree_attention_backward, num_learnt=5)

@@ -17,19 +17,19 @@ import numpy as np
 from rich.console import Console
 
 from ..dataset import Dataset
-from ..errors import RecipeError, RunError
+from ..errors import RecipeError
 from ..evaluate.score import draws, resampled_counts, row_scores
 from ..evaluate.scored_files import read_scored
 from ..evaluation import TUNED, evaluate_run
 from ..recipe import Recipe, make_recipe
-from ..runs import RunFolder, write_json, write_text, writing
+from ..runs import RunFolder, write_json, write_text
 from ..stopping import StopSignals
 from ..tasks.base import Task, add_counts
 from ..train.checkpoint import require_same
 from ..tune import tune_model
 from .curve_page import draw_curves, write_page
 from .power_law import Floats, PowerLaw, fit_power_law
-from .several import TrialRows, free_memory, logging
+from .several import TrialRows, free_memory, logging, open_folder
 
 SHARES = (0.25, 0.5, 1.0)
 RESAMPLES = 1000
@@ -141,7 +141,7 @@ def learning_curve(
     counts = {place: rows.of(own).count_rows() for place, own in recipes.items()}
     _require_growth(shares, [len(rows.of(recipes[share, seeds[0]]).train) for share in shares])
     folder = Path(runs) / f"{recipe.name}-curve"
-    _open_folder(folder, resume=resume)
+    open_folder(folder, "curve", sign="data.json", resume=resume)
     require_same(RunFolder(folder), {"recipe": recipe.model_dump(mode="json"), "data": whole.fingerprint})
     with stops or StopSignals(partial(console.print, soft_wrap=True)) as catching:
         for (share, seed), own in recipes.items():
@@ -174,18 +174,6 @@ def _require_growth(shares: Sequence[float], rows: Sequence[int]) -> None:
     if not rises(rows):
         told = ", ".join(f"{share * 100:g} %: {count}" for share, count in zip(shares, rows, strict=True))
         raise RecipeError(f"The shares hold these numbers of rows: {told}. Give shares further apart, or more rows.")
-
-
-def _open_folder(folder: Path, *, resume: bool) -> None:
-    begun = (folder / "data.json").exists()
-    if begun and not resume:
-        raise RunError(
-            f"{folder} already holds a curve. Go on with --resume, give another name with name=OTHER, or delete it."
-        )
-    if resume and not begun:
-        raise RunError(f"There is no curve to resume in {folder}. Start it without --resume.")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _recipe_of(recipe: Recipe, share: float, seed: int) -> Recipe:

@@ -6,16 +6,43 @@ import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from ..dataset import Dataset, load_dataset
+from ..errors import RunError
 from ..recipe import Recipe
-from ..runs import RunFolder, writing
+from ..runs import RunFolder, clear_leftovers, writing
 
 _NOT_OF_ROWS = ("max_length", "overlong", "turns", "loss_mask", "retrieve")
 """Settings of the recipe's part on data that read rows do not depend on."""
+
+
+def open_folder(folder: Path, what: str, *, sign: str, resume: bool) -> Path:
+    """The folder of several trainings, made when it is new.
+
+    Args:
+        folder: where it is or will be.
+        what: what it holds, such as ``search``.
+        sign: the file in it that says that one was begun.
+        resume: whether one goes on.
+
+    Raises:
+        RunError: one was begun and is not to go on, there is none to go on, or it cannot be written.
+    """
+    begun = (folder / sign).exists()
+    if begun and not resume:
+        raise RunError(
+            f"{folder} already holds a {what}. Go on with --resume, give another name with name=OTHER, or delete it."
+        )
+    if resume and not begun:
+        raise RunError(f"There is no {what} to resume in {folder}. Start it without --resume.")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder)
+    return folder
 
 
 class TrialRows:

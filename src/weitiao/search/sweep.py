@@ -18,13 +18,13 @@ from rich.console import Console
 from ..dataset import Dataset
 from ..errors import DivergedError, RecipeError, RunError, WeitiaoError
 from ..recipe import Recipe
-from ..runs import RunFolder, clear_leftovers, write_json, write_text, writing
+from ..runs import RunFolder, write_json, write_text
 from ..stopping import StopSignals
 from ..train.checkpoint import list_checkpoints, read_progress, require_same
 from ..tune import tune_model
 from .choosing import choose_values, require_optuna
 from .pruning import judge
-from .several import TrialRows, free_memory, logging
+from .several import TrialRows, free_memory, logging, open_folder
 from .space import Search, Space, apply_values, make_search
 from .sweep_page import draw_parameters, show_values
 from .trials import Journal, Trial
@@ -101,7 +101,7 @@ def sweep_recipe(
             "A search needs dev rows that are scored while training: give data.dev or data.held_out, and "
             "train.evaluate_every."
         )
-    folder = _open_folder(Path(runs) / f"{recipe.name}-sweep", resume=resume)
+    folder = open_folder(Path(runs) / f"{recipe.name}-sweep", "search", sign="sweep.json", resume=resume)
     depends_on = {"recipe": recipe.model_dump(mode="json"), "space": search.to_json(), "data": dataset.fingerprint}
     require_same(RunFolder(folder), depends_on)
     journal = Journal(folder / "trials.jsonl")
@@ -119,21 +119,6 @@ def sweep_recipe(
                 break
             run(journal.begin(values))
     return _finish(recipe, search, journal.trials, folder)
-
-
-def _open_folder(folder: Path, *, resume: bool) -> Path:
-    """The folder of the search, made when it is new. Raises RunError."""
-    begun = (folder / "sweep.json").exists()
-    if begun and not resume:
-        raise RunError(
-            f"{folder} already holds a search. Go on with --resume, give another name with name=OTHER, or delete it."
-        )
-    if resume and not begun:
-        raise RunError(f"There is no search to resume in {folder}. Start it without --resume.")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(folder)
-    return folder
 
 
 def _run_trial(
