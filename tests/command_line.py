@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from weitiao.cli import app
-from weitiao.train import loop as loop_module
 from weitiao.train import plan as plan_module
+from weitiao.train import scoring as scoring_module
 
 
 def run_cli(*arguments: object) -> Result:
@@ -60,7 +60,7 @@ def light_training() -> Iterator[None]:
 def quick_training() -> Iterator[None]:
     """As `light_training`, and no curve is drawn: at every scoring that takes as long as the rest of a tiny run."""
     with light_training(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
+        patch.setattr(scoring_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
         yield
 
 

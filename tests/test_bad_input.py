@@ -25,8 +25,8 @@ from weitiao.cli import app
 from weitiao.dataset import load_dataset
 from weitiao.recipe import load_recipe
 from weitiao.runs import RunFolder
-from weitiao.train import loop as loop_module
 from weitiao.train import plan as plan_module
+from weitiao.train import scoring as scoring_module
 from weitiao.train.checkpoint import list_checkpoints
 
 TRAIN = {
@@ -331,7 +331,7 @@ def assert_same_adapter_as_never_stopped(*overrides: str) -> None:
 def test_a_file_that_cannot_grow_ends_training_in_a_sentence_and_it_can_be_resumed(
     limit: int, overrides: tuple[str, ...], file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
+    monkeypatch.setattr(scoring_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
     with largest_file(limit):
         result = run_cli("train", "recipe.yaml", *overrides)
     assert result.exit_code == 2, result.output

@@ -32,6 +32,7 @@ from weitiao.render.base import Example
 from weitiao.train import loop as loop_module
 from weitiao.train import memory as memory_module
 from weitiao.train import plan as plan_module
+from weitiao.train import scoring as scoring_module
 from weitiao.train.memory import limit_bytes, peak_bytes
 from weitiao.train.step import Setup, pass_sizes, step_batches, take_step
 from weitiao.tune import prepare, tune_model
@@ -43,7 +44,7 @@ CPU = torch.device("cpu")
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan_module, "_matrix_peak", lambda dtype, device: 1e10)  # else a fifth of a second each time
-    monkeypatch.setattr(loop_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
+    monkeypatch.setattr(scoring_module, "draw_curve", lambda path, metrics: path.write_bytes(b"no curve"))
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from weitiao.models.row_attention import row_attention
 from weitiao.recipe import Train
 from weitiao.render.base import Example
 from weitiao.train.batches import Batch, make_batches, make_probe
-from weitiao.train.loop import dev_loss
 from weitiao.train.model import TrainedModel, check_head
 from weitiao.train.packing import check_packing
+from weitiao.train.scoring import dev_loss
 from weitiao.train.step import step_batches
 
 FAMILIES = ["chatglm", "glm", "qwen2", "llama"]

@@ -20,6 +20,7 @@ from weitiao import tune as tune_module
 from weitiao.runs import RunFolder
 from weitiao.stopping import RESUMABLE, Stopped, StopSignals
 from weitiao.train import loop as loop_module
+from weitiao.train import scoring as scoring_module
 from weitiao.train.checkpoint import list_checkpoints, read_progress
 from weitiao.train.model import TrainedModel, can_compile
 
@@ -191,14 +192,14 @@ def test_a_signal_saves_after_the_step_and_says_in_one_line_how_to_go_on(
 def test_a_scoring_is_broken_off_and_done_when_the_run_goes_on(
     step: int, place: str, call: int, run: RunFolder, home: Path
 ) -> None:
-    patch = sending(loop_module, place, signal.SIGTERM, call=call)
+    patch = sending(scoring_module if place == "dev_loss" else loop_module, place, signal.SIGTERM, call=call)
     result = run_cli("train", "recipe.yaml")
     patch.undo()
     assert result.exit_code == RESUMABLE
     assert f"SIGTERM: the scoring of step {step} is left for when the run goes on." in result.stderr
     progress = read_progress(list_checkpoints(run)[-1])
     assert (progress.step, progress.unscored) == (step, True)
-    patch = sending(loop_module, "dev_loss", signal.SIGTERM, call=1)  # and broken off once more
+    patch = sending(scoring_module, "dev_loss", signal.SIGTERM, call=1)  # and broken off once more
     assert run_cli("train", "recipe.yaml", "--resume").exit_code == RESUMABLE
     patch.undo()
     assert_goes_on_to_the_same_end(run, home)

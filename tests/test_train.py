@@ -27,12 +27,13 @@ from weitiao.recipe import Lora, Recipe, Train, make_recipe
 from weitiao.render.base import Example
 from weitiao.render.fitting import fit_rows
 from weitiao.runs import RunFolder
-from weitiao.train import loop as loop_module
+from weitiao.train import scoring as scoring_module
 from weitiao.train.checkpoint import Progress, list_checkpoints, read_progress, save_checkpoint
-from weitiao.train.loop import Outcome, Scoring, train
+from weitiao.train.loop import Outcome, train
 from weitiao.train.manifest import write_manifest
 from weitiao.train.model import can_compile
 from weitiao.train.progress import draw_curve
+from weitiao.train.scoring import Scoring
 from weitiao.tune import tune_model
 from weitiao.tuning.methods import add_adapter
 
@@ -124,7 +125,7 @@ def leftovers(folder: Path) -> list[Path]:
 def test_loss_goes_down_and_the_run_folder_is_complete(
     family: str, sample_rows: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop_module, "draw_curve", draw_curve)
+    monkeypatch.setattr(scoring_module, "draw_curve", draw_curve)
     folder: Path = request.getfixturevalue(f"tiny_{family}_folder")
     run = run_recipe(recipe_for(folder, sample_rows))
     found = losses(run)

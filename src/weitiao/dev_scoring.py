@@ -20,8 +20,8 @@ from .models.adapters import base_model
 from .preparation import Prepared
 from .recipe import Recipe
 from .runs import Sample
-from .train.loop import OnEval, Scoring
 from .train.ranks import ALONE, Ranks
+from .train.scoring import OnEval, Scoring
 
 _SAMPLES_PER_TASK = 3
 """Enough to see what changes from scoring to scoring; the report of an evaluation shows all rows."""

@@ -32,10 +32,10 @@ from .preparation import Prepared, prepare
 from .recipe import Recipe, Train
 from .render.example_store import lengths_of
 from .train.batches import make_probe
-from .train.loop import dev_loss
 from .train.memory import limit_bytes, peak_bytes
 from .train.model import check_head
 from .train.plan import COMPILE_SECONDS, COMPILED_SPEEDUP, later_bytes, make_plan, may_compile, will_compile
+from .train.scoring import dev_loss
 from .train.shared_prompts import groups_of, may_share
 from .train.step import Setup, pass_sizes, set_up, step_batches, take_step
 

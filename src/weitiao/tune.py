@@ -33,9 +33,10 @@ from .recipe import Recipe
 from .runs import RunFolder, write_bytes, write_json, write_text, writing
 from .stopping import Stopped, StopSignals
 from .train.checkpoint import require_same, rust_os_errors
-from .train.loop import OnScore, Outcome, train
+from .train.loop import Outcome, train
 from .train.ranks import Ranks, joined
 from .train.resuming import LATEST, named_checkpoint
+from .train.scoring import OnScore
 
 _VOLATILE = {
     "train": ("log_every", "keep_checkpoints", "save_every", "save_minutes", "price_per_hour", "currency"),

@@ -13,17 +13,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel
 
 from ..data.order import num_steps, step_rows
 from ..errors import DivergedError, RunError, WeitiaoError
-from ..models.adapters import base_model, save_adapter
+from ..models.adapters import base_model
 from ..recipe import Train
 from ..render.base import Example
-from ..runs import RunFolder, Sample, write_folder
+from ..runs import RunFolder, write_folder
 from ..stopping import Stopped, StopSignals
 from .batches import make_probe
 from .checkpoint import (
@@ -31,40 +30,22 @@ from .checkpoint import (
     list_checkpoints,
     load_checkpoint,
     restore_best,
-    rust_os_errors,
     save_checkpoint,
     step_of,
 )
-from .manifest import MANIFEST, damage_in, write_checked_folder
+from .manifest import MANIFEST, damage_in
 from .memory import peak_bytes
-from .model import TrainedModel, check_head
+from .model import check_head
 from .plan import make_plan, will_compile
-from .progress import Follower, TrainingDisplay, draw_curve, format_seconds
+from .progress import Follower, TrainingDisplay
 from .ranks import ALONE, Ranks
 from .resuming import LATEST, checkpoint_to_go_on_from
+from .scoring import OnEval, OnScore, draw, save_best, score_dev_rows
 from .shared_prompts import PromptSharing, groups_of
 from .step import Setup, seed_dropout, set_up, step_batches, take_step
 from .task_losses import TaskSums, add_sums, mean_by_task, sum_by_row, sum_by_task
 from .trouble import NameRow, SpikeWatch, describe_spike, explain_divergence, worst_rows
 from .watchdog import Watchdog
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scoring:
-    """What `on_eval` found on the dev rows."""
-
-    overall: float
-    """The figure that chooses the best checkpoint: higher is better."""
-    tasks: dict[str, dict[str, float]]
-    """For each task its metrics, the chosen one under ``primary`` as well."""
-    samples: tuple[Sample, ...] = ()
-    """Some of the rows with what the model answered, to look at."""
-
-
-OnEval = Callable[[PreTrainedModel], Scoring]
-OnScore = Callable[[int, int, float], str]
-"""Told of each scoring: its step, the steps of the whole training, the figure that chooses the best checkpoint. Gives
-back why training is to end there, a sentence, or "" for it to go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +155,9 @@ def train(
         """With the scoring done that is due; still due when a signal breaks it off."""
         if progress.unscored:
             dog.enter("scoring the dev rows", step=progress.step)
-            progress = _score(setup, dev_examples, dev_tasks, on_eval, settings, run, model, progress, display, stops)
+            progress = score_dev_rows(
+                setup, dev_examples, dev_tasks, on_eval, settings, run, model, progress, display, stops
+            )
             score = progress.last_score
             if on_score is not None and score is not None and not progress.unscored:
                 why = ranks.by_first(lambda: on_score(progress.step, plan.steps, score))
@@ -263,7 +246,7 @@ def train(
                 return _outcome(progress, plan.steps, finished=False)
     if ranks.is_first:
         _keep_best(run, model, progress)
-        _draw(run, display, progress)
+        draw(run, display, progress)
     return _outcome(progress, plan.steps, finished=True)
 
 
@@ -322,94 +305,6 @@ def _is_due(rhythm: int | str, step: int, *, ends_epoch: bool, last: bool) -> bo
     return last or (ends_epoch if rhythm == "epoch" else step % int(rhythm) == 0)
 
 
-def _draw(run: RunFolder, display: TrainingDisplay, progress: Progress) -> None:
-    draw_curve(run.curve, run.read_metrics())
-    display.drew(progress.step)
-
-
-def _score(
-    setup: Setup,
-    dev_examples: Sequence[Example],
-    dev_tasks: Sequence[str],
-    on_eval: OnEval | None,
-    settings: Train,
-    run: RunFolder,
-    model: PreTrainedModel | PeftModel,
-    progress: Progress,
-    display: TrainingDisplay,
-    stops: StopSignals,
-) -> Progress:
-    """Dev loss and task scores; keeps the adapter in ``run.best`` when it is the best so far.
-
-    A signal breaks it off: `progress` is returned as it was, and the scoring is still to be done. Not where several
-    processes score together: they would break off at different places, and wait for each other.
-    """
-    started, trained, ranks = time.monotonic(), setup.trained, setup.ranks
-    try:
-        with stops.breaking_off() if ranks.size == 1 else nullcontext():
-            loss, task_losses = dev_loss(trained, dev_examples, dev_tasks, settings, ranks)
-            scoring = Scoring(overall=-loss, tasks={})
-            if on_eval is not None:
-                with trained.generating() as generator:
-                    scoring = on_eval(generator)
-    except Stopped as stopped:
-        display.say(f"{stopped.signal_name}: the scoring of step {progress.step} is left for when the run goes on.")
-        return progress
-    progress = replace(progress, last_score=scoring.overall, unscored=False)
-    better = progress.best_score is None or scoring.overall > progress.best_score
-    if better:
-        if ranks.is_first:
-            write_checked_folder(run.best, lambda folder: _save(model, folder))
-        progress = replace(progress, best_score=scoring.overall, best_step=progress.step, scorings_since_best=0)
-    else:
-        progress = replace(progress, scorings_since_best=progress.scorings_since_best + 1)
-    dev_figures = {"loss": loss, "task_losses": task_losses, "overall": scoring.overall, "scores": scoring.tasks}
-    display.record({"kind": "dev", "step": progress.step, **dev_figures})
-    if scoring.samples:
-        display.show_samples(progress.step, scoring.samples)
-    if ranks.is_first:
-        _draw(run, display, progress)
-    figures = "  ".join(f"{name} {scores['primary']:.3f}" for name, scores in scoring.tasks.items())
-    seconds = time.monotonic() - started
-    display.leave_out(seconds)
-    progress = replace(progress, scoring_seconds=progress.scoring_seconds + seconds)
-    mark = "best so far" if better else f"best was step {progress.best_step}"
-    display.say(f"dev at step {progress.step}: loss {loss:.4f}  {figures}  ({mark}, {format_seconds(seconds)})")
-    return progress
-
-
-def dev_loss(
-    trained: TrainedModel,
-    dev_examples: Sequence[Example],
-    dev_tasks: Sequence[str],
-    settings: Train,
-    ranks: Ranks = ALONE,
-) -> tuple[float, dict[str, float]]:
-    """Mean loss per learnt token of the dev rows, of all and by task; each of `ranks` computes a share of them."""
-    device = trained.model.device
-    even = settings.model_copy(update={"row_balance": 0.0, "task_weights": {}})
-    trained.eval()
-    sums: TaskSums = {}
-    with torch.no_grad():
-        for start in range(0, len(dev_examples), settings.batch_size):
-            rows = dev_examples[start : start + settings.batch_size]
-            row_tasks = dev_tasks[start : start + settings.batch_size] or [""] * len(rows)
-            batches = step_batches(rows, row_tasks, even, device, row_prefix=trained.row_prefix, ranks=ranks)
-            token_losses = [torch.empty(len(batch.targets), device=device) for batch in batches]
-            for batch, losses in zip(batches, token_losses, strict=True):
-                trained(batch, losses)
-            row_sums = sum_by_row(batches, token_losses, len(rows), ranks)
-            sums = add_sums(sums, sum_by_task(row_sums, row_tasks))
-    trained.train()
-    total, count = (math.fsum(part) for part in zip(*sums.values(), strict=True))
-    return total / count, mean_by_task(sums)
-
-
-def _save(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    with rust_os_errors():
-        save_adapter(model, folder)
-
-
 def _keep_best(run: RunFolder, model: PreTrainedModel | PeftModel, progress: Progress) -> None:
     """Put the best adapter (the last one when nothing was scored) into ``run.adapter``.
 
@@ -424,7 +319,7 @@ def _keep_best(run: RunFolder, model: PreTrainedModel | PeftModel, progress: Pro
 
     def fill(folder: Path) -> None:
         if progress.best_score is None:
-            _save(model, folder)
+            save_best(model, folder)
             return
         for file in run.best.iterdir():
             if file.name != MANIFEST:

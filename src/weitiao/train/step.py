@@ -9,13 +9,12 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from ..data.order import share_passes, share_rows
 from ..errors import DivergedError
@@ -23,9 +22,9 @@ from ..models.adapters import base_model
 from ..models.own_weights import computing_dtype
 from ..recipe import Train
 from ..render.base import Example
-from ..tuning.pace import pace_of
 from .batches import ROUND_TOKENS, Batch, TellPrefix, make_batches
 from .model import TrainedModel
+from .optimisers import make_optimiser, make_scheduler
 from .ranks import ALONE, Ranks
 
 _DEAD_LOSS = 0.1
@@ -58,8 +57,8 @@ def set_up(model: PreTrainedModel | PeftModel, settings: Train, *, steps: int, r
         base.activation_checkpointing_enable()
     seed_dropout(settings, ranks, step=0)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision=_mixed_precision(base))
-    optimiser = _make_optimiser(model, settings)
-    scheduler = _make_scheduler(optimiser, settings, steps)
+    optimiser = make_optimiser(model, settings)
+    scheduler = make_scheduler(optimiser, settings, steps)
     trained = TrainedModel(base, packing=settings.packing)
     # made ready without a data-parallel wrapper: take_step adds the gradients, once for all passes of a step
     trained, optimiser = accelerator.prepare_model(trained, evaluation_mode=True), accelerator.prepare(optimiser)
@@ -81,34 +80,6 @@ def seed_dropout(settings: Train, ranks: Ranks, *, step: int, resumed: bool = Fa
 def _mixed_precision(model: PreTrainedModel) -> str:
     """float16 weights need a loss scale; bfloat16 and float32 need nothing."""
     return "fp16" if computing_dtype(model) == torch.float16 and model.device.type == "cuda" else "no"
-
-
-def _make_optimiser(model: PreTrainedModel | PeftModel, settings: Train) -> torch.optim.Optimizer:
-    """AdamW; each parameter at its pace: matrices decay as a rule, biases and norms do not (tuning/pace.py)."""
-    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            pace = pace_of(parameter)
-            groups.setdefault((pace.decays, pace.multiple), []).append(parameter)
-    settled: list[dict[str, Any]] = [
-        {
-            "params": parameters,
-            "weight_decay": settings.weight_decay if decays else 0.0,
-            "lr": settings.learning_rate * multiple,
-        }
-        for (decays, multiple), parameters in groups.items()
-        if parameters
-    ]
-    return torch.optim.AdamW(settled, lr=settings.learning_rate)
-
-
-def _make_scheduler(
-    optimiser: torch.optim.Optimizer, settings: Train, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    warmup = math.ceil(settings.warmup * steps)
-    scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(name, optimiser, warmup, steps)
-    return scheduler
 
 
 def step_batches(
