@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from .part import Part
 
@@ -22,8 +24,17 @@ class Train(Part):
     )
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="How the learning rate falls.")
     warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW decay of matrices; biases and norms never decay.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    optimiser: Literal[
+        "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "muon", "schedule_free_adamw"
+    ] = Field(
+        "adamw",
+        description="What moves the weights, see docs/memory.md. Those named 8bit and paged need bitsandbytes, "
+        "schedule_free_adamw needs schedulefree and the schedule constant.",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decay of matrices; biases and norms never decay.")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Gradients are scaled down to this norm; null: left as they are."
+    )
     row_balance: float = Field(
         0.25,
         ge=0,
@@ -34,7 +45,21 @@ class Train(Part):
     task_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {}, description="How much the rows of a task count in the loss, by the task's name; 1 where it is not named."
     )
-    gradient_checkpointing: bool = Field(False, description="Less memory, about a third slower.")
+    gradient_checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="Compute the layers once more in the backward pass instead of keeping what they computed: less "
+        "memory, about a third slower. selective: some of it only, see docs/memory.md.",
+    )
+    offload_activations: bool = Field(
+        False,
+        description="Keep what the layers computed in the machine's memory until the backward pass, instead of in the "
+        "GPU's; slower.",
+    )
+    update_in_backward: bool = Field(
+        False,
+        description="Update each weight as soon as its gradient is there and free that at once, so that gradients "
+        "never exist all together. Needs max_grad_norm: null and one process.",
+    )
     packing: bool = Field(True, description="Rows end to end without padding. false: one row at a time, for models "
                           "whose attention cannot be packed.")  # fmt: skip
     shared_prompts: Literal["auto", "never"] = Field(
@@ -70,3 +95,39 @@ class Train(Part):
         description="What an hour of the machine costs: weitiao check --plan then tells the training's cost.",
     )
     currency: str = Field("¥", description="What the price is in, as written before the number.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schedule_by_optimiser(cls, values: Any) -> Any:
+        """Fill in the schedule that Schedule-Free has, where the recipe says none."""
+        if (
+            isinstance(values, Mapping)
+            and values.get("optimiser") == "schedule_free_adamw"
+            and "schedule" not in values
+        ):
+            return {**values, "schedule": "constant"}
+        return values
+
+    @field_validator("optimiser")
+    @classmethod
+    def _one_schedule(cls, optimiser: str, info: ValidationInfo) -> str:
+        if optimiser == "schedule_free_adamw" and info.data.get("schedule") not in ("constant", None):
+            raise PydanticCustomError(
+                "optimiser",
+                "averages the weights instead of lowering the learning rate; set train.schedule: constant, or leave it "
+                "out.",
+            )
+        return optimiser
+
+    @field_validator("update_in_backward")
+    @classmethod
+    def _no_norm_of_all(cls, update: bool, info: ValidationInfo) -> bool:
+        norm = info.data.get("max_grad_norm")
+        if update and norm is not None:
+            raise PydanticCustomError(
+                "update_in_backward",
+                "the first weights are updated before the norm of all gradients is known, so that these cannot be "
+                "scaled down to max_grad_norm ({norm}); set train.max_grad_norm: null, or leave this out.",
+                {"norm": norm},
+            )
+        return update

@@ -144,7 +144,8 @@ def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> tuple[
     total = setup.ranks.add(torch.tensor(total, dtype=torch.float64)).item()
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     setup.ranks.add_gradients(parameters)
-    norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
+    limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+    norm = float(accelerator.clip_grad_norm_(parameters, limit))
     # weights so large that a norm layer's variance is infinite give hidden states of zero: no gradient, ever again
     dead = norm == 0 and total > _DEAD_LOSS
     if not math.isfinite(total) or dead or not (math.isfinite(norm) or _may_lower_scale(accelerator)):
