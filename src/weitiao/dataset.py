@@ -213,6 +213,7 @@ def merge_tasks(inferred: Sequence[Task], declared: Sequence[DeclaredTask]) -> t
             name=entry.name,
             form=_declared_form(entry, None if known is None else known.form),
             wordings=entry.wordings or (known.wordings if known is not None else ()),
+            phrasings=known.phrasings if known is not None else (),
         )
     return tuple(by_name.values())
 

@@ -15,6 +15,7 @@ from ..data.records import Record
 from ..errors import FormError, Problem
 from . import extraction, fact_errors, labels, text
 from .forms import Answer, AnswerForm, Shape, is_closed_set, shape_of, split_fence
+from .phrasing import Phrasing, phrasings_of
 from .strict_json import loads
 
 Kind = Literal["extraction", "labels", "text"]
@@ -67,6 +68,8 @@ class Task:
     form: AnswerForm
     wordings: tuple[str, ...] = ()
     """Question (or instruction) wordings seen with this task, most frequent first."""
+    phrasings: tuple[Phrasing, ...] = ()
+    """How whole rows of this task are asked, most frequent first."""
 
     @property
     def kind(self) -> Kind:
@@ -165,12 +168,23 @@ class Task:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy; `from_json` reads it back equal."""
-        return {"name": self.name, "kind": self.kind, "form": self.form.to_json(), "wordings": list(self.wordings)}
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "form": self.form.to_json(),
+            "wordings": list(self.wordings),
+            "phrasings": [phrasing.to_json() for phrasing in self.phrasings],
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Task:
         """The task that `to_json` wrote."""
-        return cls(name=data["name"], form=AnswerForm.from_json(data["form"]), wordings=tuple(data.get("wordings", ())))
+        return cls(
+            name=data["name"],
+            form=AnswerForm.from_json(data["form"]),
+            wordings=tuple(data.get("wordings", ())),
+            phrasings=tuple(Phrasing.from_json(phrasing) for phrasing in data.get("phrasings", ())),
+        )
 
 
 def prf(tp: float, fp: float, fn: float) -> tuple[float, float, float]:
@@ -359,7 +373,7 @@ def _task(name: str, members: Sequence[Record]) -> Task:
     form = AnswerForm.infer([record.target for record in members], texts=[record.text for record in members])
     counted = Counter(wording(record) for record in members)
     repeated = [words for words, count in counted.most_common() if words and (count > 1 or len(counted) <= 20)]
-    return Task(name=name, form=form, wordings=tuple(repeated[:MAX_WORDINGS]))
+    return Task(name=name, form=form, wordings=tuple(repeated[:MAX_WORDINGS]), phrasings=phrasings_of(members))
 
 
 def _plain_name(key: tuple[str, ...], members: Sequence[Record]) -> str:
