@@ -72,6 +72,11 @@ class Train(Part):
         description="Draw rows of which half or more is a common beginning, such as questions over one document, into "
         "the same steps. With shared_prompts that is faster, but a step then learns from fewer documents.",
     )
+    shard: Literal["none", "fsdp"] = Field(
+        "none",
+        description="Several processes: none: each holds the whole model. fsdp: the weights are spread over them layer "
+        "by layer, for models that do not fit into one GPU (docs/many-processes.md).",
+    )
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="torch.compile the layers. auto: when a C++ compiler is there and the run is long enough."
     )
