@@ -60,6 +60,12 @@ class Train(Part):
         description="Update each weight as soon as its gradient is there and free that at once, so that gradients "
         "never exist all together. Needs max_grad_norm: null and one process.",
     )
+    fit_memory: Literal["auto", "never"] = Field(
+        "auto",
+        description="auto: a training that would not fit into memory takes smaller passes, then computes layers once "
+        "more (tokens_per_pass, gradient_checkpointing), and says so; neither changes what is learnt. never: only what "
+        "is written here, even where memory runs out.",
+    )
     packing: bool = Field(True, description="Rows end to end without padding. false: one row at a time, for models "
                           "whose attention cannot be packed.")  # fmt: skip
     shared_prompts: Literal["auto", "never"] = Field(
