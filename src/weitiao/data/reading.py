@@ -17,11 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from weitiao.data.files import iter_raw_rows
 from weitiao.data.formats import recognise_format
 from weitiao.data.options import Encoding, ReadOptions
+from weitiao.data.raw_rows import RawRow, RowCount
 from weitiao.data.record import Record, shown
-from weitiao.data.records import iter_records_or_problems, read_records
-from weitiao.errors import DataError, Problem
+from weitiao.data.records import RowConverter, iter_records_or_problems, read_records, refuse_problems
+from weitiao.errors import Problem
 
 _KEPT = ("format", "prompt", "system", "sheet")
 
@@ -74,24 +76,64 @@ def read_like(
 
     Raises one DataError with every problem of every row, those included that could be asked in several ways.
     """
-    said = said or Said()
-    name = os.fspath(path)
-    ways = _ways(kept, said)
-    if len(ways) == 1:
-        return read_records(name, require_target=require_target, options=ways[0][0])
-    read = [_read(name, options, require_target=require_target) for options, _ in ways]
+    reader = LikeReader(kept, path, said=said, require_target=require_target)
+    if len(reader.ways) == 1:
+        return read_records(path, require_target=require_target, options=reader.ways[0].options)
     records: list[Record] = []
     problems: list[Problem] = []
-    for place in read[0]:  # every way sees the same rows, by their places
-        chosen = _choose([(rows[place], *way) for rows, way in zip(read, ways, strict=True)])
+    count = RowCount()
+    for row in reader.rows(count):
+        chosen = reader.convert(row)
         if isinstance(chosen, Record):
+            count.accepted += 1
             records.append(chosen)
         else:
+            count.rejected += 1
             problems += chosen
-    if problems:
-        num_bad = len({problem.source for problem in problems})
-        raise DataError(f"{name}: {num_bad} of {len(records) + num_bad} rows cannot be used.", problems)
+    count.check()
+    refuse_problems(path, count, problems)
     return records
+
+
+class LikeReader:
+    """A source read a row at a time, each row asked as the sources in `kept` were, or as `said`.
+
+    The same rows become the same records in another process too, which the reader may be sent to.
+    """
+
+    def __init__(
+        self,
+        kept: Mapping[str, Any],
+        path: str | os.PathLike[str],
+        *,
+        said: Said | None = None,
+        require_target: bool = True,
+    ) -> None:
+        """Raises DataError as `RowConverter`."""
+        self.ways = [
+            _Way(options, tuple(formats), RowConverter(path, require_target=require_target, options=options))
+            for options, formats in _ways(kept, said or Said())
+        ]
+
+    def rows(self, count: RowCount) -> Iterator[RawRow]:
+        """The source's rows in order; `count` counts them as read."""
+        first = self.ways[0].converter  # the ways differ in what is asked, not in how files are read
+        return iter_raw_rows(first.path, first.options, count)
+
+    def convert(self, row: RawRow) -> Record | list[Problem]:
+        """The row's record, or all its problems, that it could be asked in several ways among them."""
+        if len(self.ways) == 1:
+            return self.ways[0].converter.convert(row)
+        return _choose([(way.converter.convert(row), way.options, way.formats) for way in self.ways])
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One way in which rows may be asked, and the formats of the rows that were asked so."""
+
+    options: ReadOptions
+    formats: Sequence[str]
+    converter: RowConverter
 
 
 _Row = Record | list[Problem]
@@ -115,19 +157,6 @@ def _ways(kept: Mapping[str, Any], said: Said) -> list[tuple[ReadOptions, Sequen
         )
         ways.setdefault((prompt, system), (options, []))[1].extend(source["formats"])
     return list(ways.values())
-
-
-def _read(name: str, options: ReadOptions, *, require_target: bool) -> dict[str, _Row]:
-    """Each row by its place: its record or its problems."""
-    rows: dict[str, _Row] = {}
-    for item in iter_records_or_problems(name, require_target=require_target, options=options):
-        if isinstance(item, Record):
-            rows[item.source] = item
-        else:
-            known = rows.setdefault(item.source, [])
-            assert isinstance(known, list), f"{item.source} is both a record and a problem"
-            known.append(item)
-    return rows
 
 
 def _choose(read: Sequence[tuple[_Row, ReadOptions, Sequence[str]]]) -> _Row:
