@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -22,10 +23,13 @@ from ..models.adapters import base_model
 from ..models.own_weights import computing_dtype
 from ..recipe import Train
 from ..render.base import Example
+from .activations import Offloading, checkpoint_layers
 from .batches import ROUND_TOKENS, Batch, TellPrefix, make_batches
 from .model import TrainedModel
 from .optimisers import make_optimiser, make_scheduler
 from .ranks import ALONE, Ranks
+from .several_optimisers import UpdatesInBackward
+from .switches import updates_in_backward
 
 _DEAD_LOSS = 0.1
 """Above this loss a gradient of exactly zero means that the model is broken, not that it has learnt everything."""
@@ -45,6 +49,10 @@ class Setup:
     accelerator: Accelerator
     ranks: Ranks = ALONE
     """The processes that take each step together."""
+    updates: UpdatesInBackward | None = None
+    """What updates weights in the backward pass, where the recipe wants that."""
+    offloading: AbstractContextManager[object] = field(default_factory=nullcontext)
+    """Where forward passes keep what the backward pass needs."""
 
 
 def set_up(model: PreTrainedModel | PeftModel, settings: Train, *, steps: int, ranks: Ranks = ALONE) -> Setup:
@@ -53,17 +61,26 @@ def set_up(model: PreTrainedModel | PeftModel, settings: Train, *, steps: int, r
     In all of `ranks` they have the values of the first.
     """
     base = base_model(model)
-    if settings.gradient_checkpointing:
-        base.activation_checkpointing_enable()
+    checkpoint_layers(base, settings)
     seed_dropout(settings, ranks, step=0)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision=_mixed_precision(base))
     optimiser = make_optimiser(model, settings)
     scheduler = make_scheduler(optimiser, settings, steps)
     trained = TrainedModel(base, packing=settings.packing)
     # made ready without a data-parallel wrapper: take_step adds the gradients, once for all passes of a step
+    updates = updates_in_backward(optimiser, settings, accelerator, ranks)
     trained, optimiser = accelerator.prepare_model(trained, evaluation_mode=True), accelerator.prepare(optimiser)
     ranks.copy_from_first([parameter for parameter in trained.parameters() if parameter.requires_grad])
-    return Setup(trained=trained, optimiser=optimiser, scheduler=scheduler, accelerator=accelerator, ranks=ranks)
+    offloads = settings.offload_activations and base.device.type == "cuda"
+    return Setup(
+        trained=trained,
+        optimiser=optimiser,
+        scheduler=scheduler,
+        accelerator=accelerator,
+        ranks=ranks,
+        updates=updates,
+        offloading=Offloading(base, base.device) if offloads else nullcontext(),
+    )
 
 
 def seed_dropout(settings: Train, ranks: Ranks, *, step: int, resumed: bool = False) -> None:
@@ -137,15 +154,18 @@ def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> tuple[
     trained, accelerator = setup.trained, setup.accelerator
     total = 0.0
     token_losses = [torch.empty(len(batch.targets), device=batch.targets.device) for batch in batches]
-    for batch, losses in zip(batches, token_losses, strict=True):
-        loss = trained(batch, losses)
-        accelerator.backward(loss)
+    for number, (batch, losses) in enumerate(zip(batches, token_losses, strict=True), start=1):
+        with setup.offloading:
+            loss = trained(batch, losses)
         total += loss.item()
+        whole = number == len(batches) and math.isfinite(total)
+        with setup.updates.in_last_pass() if setup.updates is not None and whole else nullcontext():
+            accelerator.backward(loss)
     total = setup.ranks.add(torch.tensor(total, dtype=torch.float64)).item()
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     setup.ranks.add_gradients(parameters)
     limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-    norm = float(accelerator.clip_grad_norm_(parameters, limit))
+    norm = float(accelerator.clip_grad_norm_(parameters, limit)) if setup.updates is None else setup.updates.norm
     # weights so large that a norm layer's variance is infinite give hidden states of zero: no gradient, ever again
     dead = norm == 0 and total > _DEAD_LOSS
     if not math.isfinite(total) or dead or not (math.isfinite(norm) or _may_lower_scale(accelerator)):
