@@ -17,6 +17,7 @@ from weitiao.errors import ModelError, RecipeError
 from weitiao.generate.engine import Sampling, generate
 from weitiao.generate.likelihood import log_likelihoods
 from weitiao.models.adapters import has_adapter, load_adapter, save_adapter, without_adapter
+from weitiao.models.glm.chatglm_positions import positions_of
 from weitiao.models.lora_layers import ignoring_peft_warnings
 from weitiao.models.prompt_tuning import attach_prompt, prompt_encoder_of
 from weitiao.models.ptuning import prefix_encoder_of
@@ -43,6 +44,29 @@ def test_learnt_tokens_compute_as_the_same_tokens_at_the_start_of_the_row(family
         torch.testing.assert_close(model(torch.tensor([row])).logits, expected, rtol=1e-4, atol=1e-4)
         with without_adapter(model):
             assert torch.equal(model(torch.tensor([row])).logits, tiny(family)(torch.tensor([row])).logits)
+
+
+def test_in_chatglm_learnt_tokens_compute_as_a_context_before_that_of_the_row() -> None:
+    plain, model, count = tiny("chatglm"), tiny("chatglm"), len(TOKENS)
+    attach_prompt(model, num_virtual_tokens=count, seed=3)
+    encoder = prompt_encoder_of(model)
+    assert encoder is not None
+    for example in eight_rows("chatglm"):
+        ids = torch.tensor([example.token_ids])
+        positions = positions_of(ids, None, model.config.special_ids)
+        before = torch.stack([torch.arange(-count, 0), torch.zeros(count, dtype=torch.long)])[None]
+        learnt = torch.arange(count + ids.shape[1]) < count
+        context = ~learnt & (torch.cat([before, positions], dim=-1)[0, 1] == 0)
+        sees = torch.ones(len(learnt), len(learnt), dtype=torch.bool).tril()
+        sees |= learnt[:, None] & learnt | context[:, None] & (learnt | context)
+        with torch.no_grad():
+            whole = plain.get_decoder()(
+                inputs_embeds=torch.cat([encoder()[None], model.get_input_embeddings()(ids)], dim=1),
+                position_ids=torch.cat([before, positions], dim=-1),
+                attention_mask=~sees[None, None],
+            )
+            expected = plain.get_output_embeddings()(whole.last_hidden_state[:, count:])
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
