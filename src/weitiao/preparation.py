@@ -28,6 +28,7 @@ from .tasks.base import Task
 from .token_cache import Side, fit_side
 from .train.model import require_compiler
 from .train.packing import check_packing
+from .train.switches import require_switches
 from .tuning.methods import add_adapter, resume_adapter
 
 _SLOWEST_PREFIX = 2e-3
@@ -98,6 +99,7 @@ def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None)
         DataError, ModelError, RecipeError, RunError: the recipe cannot be trained.
     """
     require_compiler(recipe.train)
+    require_switches(recipe.train)
     dataset = load_dataset(recipe) if dataset is None else dataset
     _require_tasks(recipe, dataset)
     for note in dataset.notes:

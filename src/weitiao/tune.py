@@ -37,6 +37,7 @@ from .train.loop import Outcome, train
 from .train.ranks import Ranks, joined
 from .train.resuming import LATEST, named_checkpoint
 from .train.scoring import OnScore
+from .train.switches import require_switches
 
 _VOLATILE = {
     "train": ("log_every", "keep_checkpoints", "save_every", "save_minutes", "price_per_hour", "currency"),
@@ -125,6 +126,7 @@ def _tune(
     """`tune_model`, with what it was given read."""
     require_packages(recipe.monitor)
     require_idle(run)
+    require_switches(recipe.train, ranks)
     if (idle := ranks.size - recipe.train.batch_size) > 0:
         console.print(
             f"note: train.batch_size is {recipe.train.batch_size}, and {ranks.size} processes share the rows of a "

@@ -22,6 +22,7 @@ from ..errors import DivergedError, RunError, WeitiaoError
 from ..models.adapters import base_model
 from ..recipe import Train
 from ..render.base import Example
+from ..render.example_store import lengths_of
 from ..runs import RunFolder, write_folder
 from ..stopping import Stopped, StopSignals
 from .batches import make_probe
@@ -36,6 +37,7 @@ from .checkpoint import (
 from .manifest import MANIFEST, damage_in
 from .memory import peak_bytes
 from .model import check_head
+from .optimisers import weights_in_use
 from .plan import make_plan, will_compile
 from .progress import Follower, TrainingDisplay
 from .ranks import ALONE, Ranks
@@ -43,6 +45,7 @@ from .resuming import LATEST, checkpoint_to_go_on_from
 from .scoring import OnEval, OnScore, draw, save_best, score_dev_rows
 from .shared_prompts import PromptSharing, groups_of
 from .step import Setup, seed_dropout, set_up, step_batches, take_step
+from .switches import notes_on_switches
 from .task_losses import TaskSums, add_sums, mean_by_task, sum_by_row, sum_by_task
 from .trouble import NameRow, SpikeWatch, describe_spike, explain_divergence, worst_rows
 from .watchdog import Watchdog
@@ -117,6 +120,8 @@ def train(
     setup = set_up(model, settings, steps=plan.steps, ranks=ranks)
     trained, optimiser, scheduler = setup.trained, setup.optimiser, setup.scheduler
     device = setup.accelerator.device
+    for note in notes_on_switches(settings, lengths_of(examples).tolist(), device):
+        console.print(f"note: {note}", soft_wrap=True)
     check_head(trained, make_probe(examples, row_prefix=trained.row_prefix).to(device))
 
     progress = Progress(step=0, compiled=ranks.by_first(lambda: will_compile(settings, plan.seconds)))
@@ -155,9 +160,10 @@ def train(
         """With the scoring done that is due; still due when a signal breaks it off."""
         if progress.unscored:
             dog.enter("scoring the dev rows", step=progress.step)
-            progress = score_dev_rows(
-                setup, dev_examples, dev_tasks, on_eval, settings, run, model, progress, display, stops
-            )
+            with weights_in_use(optimiser, settings):
+                progress = score_dev_rows(
+                    setup, dev_examples, dev_tasks, on_eval, settings, run, model, progress, display, stops
+                )
             score = progress.last_score
             if on_score is not None and score is not None and not progress.unscored:
                 why = ranks.by_first(lambda: on_score(progress.step, plan.steps, score))
@@ -245,7 +251,8 @@ def train(
             if asked and (progress.unscored or not last):
                 return _outcome(progress, plan.steps, finished=False)
     if ranks.is_first:
-        _keep_best(run, model, progress)
+        with weights_in_use(optimiser, settings):
+            _keep_best(run, model, progress)
         draw(run, display, progress)
     return _outcome(progress, plan.steps, finished=True)
 

@@ -20,7 +20,8 @@ All of them take the learning rates that suit AdamW, and have weight decay apart
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -148,3 +149,26 @@ def make_scheduler(
     warmup = math.ceil(settings.warmup * steps)
     scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(name, optimiser, warmup, steps)
     return scheduler
+
+
+@contextmanager
+def weights_in_use(optimiser: torch.optim.Optimizer, settings: Train) -> Iterator[None]:
+    """Within this, the weights are those that the training would end with now: for scoring and saving them.
+
+    Schedule-Free learns at other weights than their average, which is used. Afterwards they are what they were, to the
+    bit; its own way back would round.
+    """
+    if settings.optimiser != "schedule_free_adamw":
+        yield
+        return
+    averaging: Any = optimiser
+    learning = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    kept = [parameter.detach().clone() for parameter in learning]
+    averaging.eval()
+    try:
+        yield
+    finally:
+        averaging.train()
+        with torch.no_grad():
+            for parameter, values in zip(learning, kept, strict=True):
+                parameter.copy_(values)
