@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -201,20 +202,8 @@ def predict_file(
     tasks = run.assign(records)
     calibration = read_calibration(run.folder)
 
-    def finish(line: dict[str, Any]) -> dict[str, Any]:
-        told = calibrated(line, calibration)
-        if threshold is None:
-            return told
-        who = route(confidence=told["confidence"], valid=told["valid"], threshold=threshold)
-        return {**told, "route": who}
-
-    written = OWN_KEYS if threshold is not None else OWN_KEYS - {"route"}
-    hidden = sorted({key for record in records for key in record.raw if key in written})
-    if hidden:
-        console.print(
-            f"note: rows have {', '.join(hidden)} of their own; in {out} these keys hold what is said of the answers.",
-            soft_wrap=True,
-        )
+    finish = partial(finish_line, calibration=calibration, threshold=threshold)
+    tell_hidden({key for record in records for key in record.raw}, out, console, threshold=threshold)
     asked = run.prepare(records, tasks, console)
     with counting(console, "predicting") as on_reply:
         key = run.key(asked, "predict")
@@ -225,6 +214,27 @@ def predict_file(
         calibrated=calibration is not None,
         for_people=None if threshold is None else sum(line["route"] == "person" for line in lines),
     )
+
+
+def finish_line(
+    line: Mapping[str, Any], *, calibration: RunCalibration | None, threshold: float | None
+) -> dict[str, Any]:
+    """The line of a file of answers, its confidences calibrated, saying who takes it where a threshold was given."""
+    told = calibrated(line, calibration)
+    if threshold is None:
+        return told
+    who = route(confidence=told["confidence"], valid=told["valid"], threshold=threshold)
+    return {**told, "route": who}
+
+
+def tell_hidden(keys: AbstractSet[str], out: str | Path, console: Console, *, threshold: float | None) -> None:
+    """Name those of the rows' `keys` whose values are not seen in `out`, where answers have such keys of their own."""
+    written = OWN_KEYS if threshold is not None else OWN_KEYS - {"route"}
+    if hidden := sorted(keys & written):
+        console.print(
+            f"note: rows have {', '.join(hidden)} of their own; in {out} these keys hold what is said of the answers.",
+            soft_wrap=True,
+        )
 
 
 def read_calibration(folder: RunFolder) -> RunCalibration | None:
