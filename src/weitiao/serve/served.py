@@ -1,7 +1,8 @@
 """A model as it is served: which task a request belongs to, the form its answer is held to, its prompt and limits.
 
-A tuned model is asked exactly as evaluation asks it: a conversation in a wording that its rows had is of their task, the
-text is found where theirs stood, and the task's form is the default `response_format`. Knows no HTTP and runs nothing.
+A tuned model is asked exactly as evaluation asks it: a conversation in a wording that its rows had is of their task,
+the text is found where theirs stood, and the task's form is the default `response_format`. Knows no HTTP and runs
+nothing.
 """
 
 from __future__ import annotations
