@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
@@ -70,14 +71,21 @@ class SlabLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def resize(self, shape: tuple[int, int]) -> None:
-        """Take new memory of `shape` (rows, columns), in which all tokens keep their place."""
+        """Take new memory of `shape` (rows, columns), in which all tokens that fit keep their place."""
         self.shape = shape
         if not self.is_initialized:
             return
         keys, values = self.keys, self.values
         self.lazy_initialization(keys, values)
-        self.keys[: len(keys), :, : keys.shape[2]] = keys
-        self.values[: len(values), :, : values.shape[2]] = values
+        rows, columns = min(shape[0], len(keys)), min(shape[1], keys.shape[2])
+        self.keys[:rows, :, :columns] = keys[:rows, :, :columns]
+        self.values[:rows, :, :columns] = values[:rows, :, :columns]
+
+    def release(self) -> None:
+        """Give all memory back."""
+        if self.is_initialized:
+            del self.keys, self.values
+            self.is_initialized = False
 
     def get_seq_length(self) -> int:
         """0: what a row has seen is told by its positions, not by the width of the memory."""
@@ -121,6 +129,42 @@ class SlabCache(Cache):
         self.shape = (max(num_rows, rows), columns if num_columns <= columns else num_columns + SPARE_COLUMNS)
         for layer in self.slabs:
             layer.resize(self.shape)
+
+    def shrink(self, *, num_rows: int, num_tokens: int) -> None:
+        """Give memory back where rows and tokens need less than half of either: so a long row leaves nothing behind."""
+        rows, columns = self.shape
+        num_columns = self.num_past + num_tokens + SPARE_COLUMNS
+        if num_rows == 0:
+            self.shape = (0, 0)
+            for layer in self.slabs:
+                layer.shape = self.shape
+                layer.release()
+        elif 2 * num_rows <= rows or 2 * num_columns <= columns:
+            self.shape = (min(rows, num_rows), min(columns, num_columns))
+            for layer in self.slabs:
+                layer.resize(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that is set aside."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.slabs if layer.is_initialized)
+
+    def read_row(self, row: int, start: int, end: int) -> Tensor | None:
+        """A copy ``[L, 2, K, end - start, D]`` of a row's tokens; None where layers differ in size."""
+        first = self.slabs[0].keys
+        if any(states.shape != first.shape for layer in self.slabs for states in (layer.keys, layer.values)):
+            return None
+        columns = slice(self.num_past + start, self.num_past + end)
+        return torch.stack([torch.stack([s[row, :, columns] for s in (x.keys, x.values)]) for x in self.slabs])
+
+    def write_row(self, row: int, start: int, states: Tensor) -> None:
+        """Put ``[L, 2, K, n, D]`` in the place of a row's tokens from `start` on; there is room for them."""
+        columns = slice(self.num_past + start, self.num_past + start + states.shape[3])
+        for layer, (keys, values) in zip(self.slabs, states, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, values)
+            layer.keys[row, :, columns] = keys
+            layer.values[row, :, columns] = values
 
     def move_row(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first `num_tokens` tokens of row `source` over row `target`."""

@@ -16,24 +16,21 @@ Models whose rows have a context (prefix_lm.py) and models with a learnt prefix 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from random import Random
-from typing import Literal
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import DataError, ModelError, Problem
-from ..models.prefix_lm import RowPrefix, row_prefix
+from ..models.prefix_lm import row_prefix
 from ..models.ptuning import prefix_states
-from .attention import Chunk, Chunks, attending_by_rows
-from .cache import SlabCache, cache_bytes
+from .batch import Batch
+from .cache import cache_bytes
 from .constraint import Constraint
-from .sampling import Choice, Sampling, choose_tokens
+from .row import Generation, Row
+from .sampling import Chooser, Sampling
 
 __all__ = ["Generation", "Sampling", "cache_bytes", "generate"]
 
@@ -45,30 +42,6 @@ _EXACT_ROWS = 32
 
 _ATTENTIONS = {"full_attention", "sliding_attention"}
 """Kinds of layers that attention by rows can run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What one prompt became."""
-
-    index: int
-    """Which prompt, counted from 0."""
-    token_ids: tuple[int, ...]
-    """The answer, without the stop token; of a refused one, what was written until then."""
-    finish: Literal["stop", "length", "refused"]
-    """`stop`: a stop token was chosen or forced; `length`: the limit was reached where the answer may end, or where it
-    has no constraint; `refused`: there is no answer, see `reason`."""
-    logprob: float
-    """Sum of `token_logprobs` and `stop_logprob`."""
-    reason: str = ""
-    """Why it was refused, as a sentence."""
-    token_logprobs: tuple[float, ...] = ()
-    """For each of `token_ids` its log-probability at temperature 1, nothing cut off by top-k and top-p: under the
-    model's own distribution, with a constraint renormalised over the allowed tokens. 0.0 where there was one only."""
-    stop_logprob: float = 0.0
-    """The stop token's; 0.0 where it was forced, or none was chosen."""
-    num_steps: int = 0
-    """Calls of the model that this row took part in after its prompt's."""
 
 
 def generate(
@@ -125,20 +98,23 @@ def generate(
         )
     _check_model(model, exact)
     _check_prompts(model, prompts, sampling)
+    stops = frozenset(stop_ids)
     rows = [
-        _Row(
+        Row(
             index=index,
-            pending=list(prompt),
-            num_prompt=len(prompt),
+            prompt=tuple(prompt),
             limit=min(sampling.max_new_tokens, limits[index] if limits is not None else sampling.max_new_tokens),
+            stop_ids=stops,
+            chooser=Chooser(sampling=sampling, random=Random(f"{sampling.seed}/{index}")),
             constraint=constraints[index] if constraints is not None else None,
-            random=Random(f"{sampling.seed}/{index}"),
             prefix=row_prefix(model, prompt),
         )
         for index, prompt in enumerate(prompts)
     ]
+    with torch.no_grad():
+        batch = Batch(model, past_states=prefix_states(model), exact=exact)
     # A function of its own, so that the checks above run at the call and not at the first row asked for.
-    return _run(_Batch(model, stop_ids, sampling, exact), rows, max_rows, max_cache_tokens)
+    return _run(batch, rows, max_rows, max_cache_tokens, sampling.max_new_tokens)
 
 
 def _check_model(model: PreTrainedModel | PeftModel, exact: bool) -> None:
@@ -179,220 +155,25 @@ def _check_prompts(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequenc
         raise DataError(f"{len(problems)} of {len(prompts)} prompts cannot be run by this model.", problems)
 
 
-def _run(batch: _Batch, waiting: list[_Row], max_rows: int, max_cache_tokens: int) -> Iterator[Generation]:
+def _run(
+    batch: Batch, waiting: list[Row], max_rows: int, max_cache_tokens: int, max_new_tokens: int
+) -> Iterator[Generation]:
     """Run the batch until no prompt waits and no row is left; no torch mode is held while the caller has the turn."""
     max_rows = min(max_rows, _EXACT_ROWS) if batch.exact else max_rows
     waiting.sort(key=lambda row: row.num_prompt)  # taken from the end: longest first
     while waiting or batch.rows:
         longest = max(row.num_prompt for row in batch.rows or waiting[-1:])
-        allowed = max_cache_tokens // (batch.cache.num_past + longest + batch.sampling.max_new_tokens)
+        allowed = max_cache_tokens // (batch.cache.num_past + longest + max_new_tokens)
         allowed = max(1, min(max_rows, allowed, len(batch.rows) + len(waiting)))
         num_tokens = 0
         while waiting and len(batch.rows) < allowed:
             num_tokens += waiting[-1].num_prompt
             if num_tokens > _PREFILL_TOKENS and num_tokens > waiting[-1].num_prompt:
                 break
-            ended = batch.join(waiting.pop())
+            row = waiting.pop()
+            row.constraint = None if row.constraint is None else row.constraint.fork()
+            ended = batch.join(row)
             if ended is not None:
                 yield ended
         if batch.rows:
             yield from batch.step(capacity=allowed)
-
-
-@dataclass(kw_only=True)
-class _Row:
-    """One prompt on its way."""
-
-    index: int
-    pending: list[int]
-    """Tokens that are known and not yet cached: the prompt, later the chosen token and those forced behind it."""
-    num_prompt: int
-    limit: int
-    """Most tokens to choose."""
-    constraint: Constraint | None
-    random: Random
-    prefix: RowPrefix | None = None
-    """Its context, in a prefix language model."""
-    tokens: list[int] = field(default_factory=list)
-    """The answer so far."""
-    logprobs: list[float] = field(default_factory=list)
-    num_cached: int = 0
-    num_steps: int = 0
-    allowed: Tensor | None = None
-    """With a constraint, the ids to choose the next token from."""
-
-
-def _positions(rows: Sequence[_Row], chunks: Chunks) -> Tensor:
-    """``[1, 2, T]``, both channels of the positions of the new tokens of rows that have contexts."""
-    channels: tuple[list[int], list[int]] = ([], [])
-    for row, chunk in zip(rows, chunks.chunks, strict=True):
-        assert row.prefix is not None
-        for channel, positions in zip(channels, row.prefix.positions(chunk.start, chunk.end), strict=True):
-            channel += positions
-    return torch.tensor([channels]).to(chunks.device, non_blocking=True)
-
-
-class _Batch:
-    """The rows that are generating; row i of `rows` lies in row i of the cache."""
-
-    def __init__(
-        self, model: PreTrainedModel | PeftModel, stop_ids: Collection[int], sampling: Sampling, exact: bool = False
-    ) -> None:
-        self.model = model
-        self.exact = exact
-        self.stop_ids = frozenset(stop_ids)
-        self.sampling = sampling
-        self.rows: list[_Row] = []
-        with torch.no_grad():
-            past_states = prefix_states(model)
-        self.cache = SlabCache(model.config.get_text_config().num_hidden_layers, past_states)
-
-    def join(self, row: _Row) -> Generation | None:
-        """Take `row` in; its answer where the grammar leaves nothing to ask for."""
-        if row.constraint is not None:
-            row.constraint = row.constraint.fork()
-            ended = self._follow(row)
-            if ended is not None:
-                return ended
-        self.rows.append(row)
-        return None
-
-    @torch.inference_mode()
-    def step(self, *, capacity: int) -> list[Generation]:
-        """Call the model once and choose a token for every row; returns those that ended.
-
-        `capacity` is the number of rows to set cache aside for.
-        """
-        with attending_by_rows(self.model):
-            if not self.exact:
-                logits = self._forward(0, [len(row.pending) for row in self.rows], capacity)
-                return self._choose(list(range(len(self.rows))), logits)
-            old = sum(row.num_cached > 0 for row in self.rows)  # those that have just joined stand behind the others
-            parts = [self._forward(0, [1] * old, capacity)] if old else []
-            parts += [
-                self._forward(place, [self.rows[place].num_prompt], capacity) for place in range(old, len(self.rows))
-            ]
-            ready = [place for place, row in enumerate(self.rows) if not row.pending]
-            return self._choose(ready, torch.cat(parts)[ready]) if ready else []
-
-    def _forward(self, top: int, counts: list[int], capacity: int) -> Tensor:
-        """Feed each row from `top` on so many of its pending tokens; logits ``[R, V]`` after the last of each."""
-        rows = self.rows[top : top + len(counts)]
-        chunks = Chunks(
-            top=top,
-            chunks=[
-                Chunk(start=row.num_cached, num_tokens=count, prefix=row.prefix.num_tokens if row.prefix else 0)
-                for row, count in zip(rows, counts, strict=True)
-            ],
-            device=self.model.device,
-            num_past=self.cache.num_past,
-            exact=self.exact,
-        )
-        new_ids = [token for row, count in zip(rows, counts, strict=True) for token in row.pending[:count]]
-        for row, count in zip(rows, counts, strict=True):
-            row.num_steps += row.num_cached > 0
-            row.num_cached += count
-            del row.pending[:count]
-        self.cache.reserve(num_rows=capacity, num_tokens=max(row.num_cached for row in rows))
-        slots = self.cache.slots
-        slots.rows, slots.columns, positions = chunks.slots()
-        output = self.model(
-            input_ids=torch.tensor([new_ids], device=self.model.device),
-            position_ids=_positions(rows, chunks) if rows[0].prefix else positions[None],
-            past_key_values=self.cache,
-            use_cache=True,
-            # An index, not a count: only the scores after each row's last token are wanted.
-            logits_to_keep=chunks.last,
-            chunks=chunks,
-        )
-        if chunks.num_calls != len(self.cache.slabs):
-            name = type(self.model).__name__
-            raise ModelError(
-                f"{chunks.num_calls} of {len(self.cache.slabs)} layers of {name} use the attention interface of "
-                "transformers, so batched generation cannot run it. Use model.generate."
-            )
-        return output.logits[0]  # type: ignore[no-any-return]
-
-    def _choose(self, places: list[int], logits: Tensor) -> list[Generation]:
-        """Choose a token for the rows at `places` by `logits` ``[R, V]``; remove and return the rows that ended."""
-        rows = [self.rows[place] for place in places]
-        choices = choose_tokens(
-            logits,
-            allowed=[row.allowed for row in rows],
-            sampling=self.sampling,
-            randoms=[row.random for row in rows],
-        )
-        ended = []
-        for place, row, choice in reversed(list(zip(places, rows, choices, strict=True))):
-            done = self._take(row, choice)
-            if done is not None:
-                ended.append(done)
-                self._remove(place)
-        return ended
-
-    def _take(self, row: _Row, choice: Choice) -> Generation | None:
-        """Go on by a chosen token; the row's answer where it ends with that."""
-        if not math.isfinite(choice.logprob):
-            return self._end(
-                row,
-                "refused",
-                "The model's scores are not numbers, or forbid every token. Its weights may be broken, or its dtype "
-                "too narrow: try float32.",
-            )
-        ended = self._append(row, choice)
-        return ended if ended is not None or row.constraint is None else self._follow(row)
-
-    def _follow(self, row: _Row) -> Generation | None:
-        """Append what the constraint forces, then see what it allows; the row's answer where it ends with that."""
-        assert row.constraint is not None
-        while True:
-            forced = row.constraint.forced()
-            if not forced:
-                allowed = row.constraint.allowed()
-                if not len(allowed):
-                    return self._end(row, "refused", f"No token can follow: {row.constraint.why()}.")
-                if len(allowed) > 1:
-                    row.allowed = torch.from_numpy(allowed).to(self.model.device, non_blocking=True)
-                    return None
-                forced = allowed.tolist()
-            for token in forced:
-                ended = self._append(row, Choice(token=token, logprob=0.0))
-                if ended is not None:
-                    return ended
-
-    def _append(self, row: _Row, choice: Choice) -> Generation | None:
-        """Write one token; the row's answer where that ends it."""
-        if choice.token in self.stop_ids:
-            return self._end(row, "stop", stop_logprob=choice.logprob)
-        row.tokens.append(choice.token)
-        row.logprobs.append(choice.logprob)
-        row.pending.append(choice.token)
-        if row.constraint is not None and not row.constraint.advance(choice.token):
-            return self._end(row, "refused", f"The answer cannot go on: {row.constraint.why()}.")
-        if len(row.tokens) < row.limit:
-            return None
-        if row.constraint is None or row.constraint.accepting:
-            return self._end(row, "length")
-        return self._end(
-            row, "refused", f"The limit of {row.limit} tokens was reached inside the answer: {row.constraint.why()}."
-        )
-
-    def _end(
-        self, row: _Row, finish: Literal["stop", "length", "refused"], reason: str = "", *, stop_logprob: float = 0.0
-    ) -> Generation:
-        return Generation(
-            index=row.index,
-            token_ids=tuple(row.tokens),
-            finish=finish,
-            logprob=sum(row.logprobs) + stop_logprob,
-            reason=reason,
-            token_logprobs=tuple(row.logprobs),
-            stop_logprob=stop_logprob,
-            num_steps=row.num_steps,
-        )
-
-    def _remove(self, place: int) -> None:
-        last = self.rows.pop()
-        if place < len(self.rows):
-            self.rows[place] = last
-            self.cache.move_row(len(self.rows), place, last.num_cached)
