@@ -18,11 +18,10 @@ from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel
 
 from weitiao.errors import ModelError
 from weitiao.models import quantized
+from weitiao.models.packed_layers import model_packing, unpack_model
 from weitiao.models.quantized import (
     QuantizedLinear,
-    dequantize_model,
     dequantize_weight,
-    is_quantized,
     quantize_model,
     quantize_weight,
     quantized_bits,
@@ -280,7 +279,7 @@ def test_the_layers_of_a_decoder_are_packed_and_nothing_else() -> None:
     names = quantize_model(model, 4)
     assert len(names) == 2 * 6
     assert {name.split(".", 3)[3] for name in names} == {*LAYERS, "mlp.down_proj"}
-    assert is_quantized(model) and quantized_bits(model) == 4
+    assert model_packing(model) == "int4" and quantized_bits(model) == 4
     for name, tensor in model.state_dict().items():
         layer = name.rpartition(".")[0]
         if layer not in names:
@@ -296,7 +295,7 @@ def test_a_packed_model_computes_what_its_unpacked_copy_does(bits: int) -> None:
     model = glm()
     quantize_model(model, bits)
     plain = copy.deepcopy(model)
-    assert len(dequantize_model(plain, torch.float32)) == 12 and not is_quantized(plain)
+    assert len(unpack_model(plain, torch.float32)) == 12 and model_packing(plain) is None
     ids = torch.randint(0, 64, (2, 9))
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
 

@@ -15,7 +15,8 @@ from test_quantized import glm
 from weitiao.errors import ModelError
 from weitiao.models.adapters import load_adapter
 from weitiao.models.lora_layers import LoraLinear, ignoring_peft_warnings, use_lean_layers
-from weitiao.models.quantized import QuantizedLinear, dequantize_model, is_quantized, quantize_model
+from weitiao.models.packed_layers import model_packing, unpack_model
+from weitiao.models.quantized import QuantizedLinear, quantize_model
 
 KINDS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
@@ -25,7 +26,7 @@ def tuned(kind: str, *, bits: int, lean: bool = True, unpacked: bool = False, dr
     model = glm()
     quantize_model(model, bits)
     if unpacked:
-        dequantize_model(model, torch.float32)
+        unpack_model(model, torch.float32)
     targets = "all-linear"
     config = LoraConfig(
         r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", **KINDS[kind]
@@ -126,8 +127,8 @@ def test_merging_is_refused_until_the_weights_are_unpacked(kind: str, safe: bool
     with pytest.raises(ModelError, match="cannot be merged into packed weights"):
         adapted.merge_and_unload(safe_merge=safe)
     assert torch.equal(adapted(ids).logits, logits)
-    dequantize_model(adapted, torch.float32)
-    assert not is_quantized(adapted)
+    unpack_model(adapted, torch.float32)
+    assert model_packing(adapted) is None
     torch.testing.assert_close(adapted(ids).logits, logits, rtol=1e-5, atol=1e-5)
     merged = adapted.merge_and_unload(safe_merge=safe)
     torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-4, atol=1e-4)

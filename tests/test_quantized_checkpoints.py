@@ -26,7 +26,8 @@ from weitiao.errors import ModelError
 from weitiao.models.glm.original_files import save_original
 from weitiao.models.lora_layers import ignoring_peft_warnings, use_lean_layers
 from weitiao.models.opening import loaded_bytes
-from weitiao.models.quantized import QuantizedLinear, dequantize_model, quantize_model, quantize_weight, quantized_bits
+from weitiao.models.packed_layers import unpack_model
+from weitiao.models.quantized import QuantizedLinear, quantize_model, quantize_weight, quantized_bits
 from weitiao.tuning.methods import count_parameters
 
 FIXTURES = ("chatglm_v1_int4/int4", "chatglm_v1_int4/int8")
@@ -116,7 +117,7 @@ def two_rows(golden: Golden, sop: int) -> tuple[Tensor, Tensor]:
 def test_gradients_are_those_of_the_unpacked_model(name: str) -> None:
     golden, model = Golden(name), opened(golden_folder(name))
     plain = copy.deepcopy(model)
-    dequantize_model(plain, torch.float32)
+    unpack_model(plain, torch.float32)
     gradients = []
     for each in (model, plain):
         tuned = with_lora(each, random_b=True)

@@ -24,10 +24,10 @@ from .messages import Message
 from .models.glm.original_files import copy_companions, save_original
 from .models.opening import DTYPES, OpenModel, open_model
 from .models.own_weights import changed_weights_of
+from .models.packed_layers import unpack_model
 from .models.prefix_files import export_original_prefix
 from .models.prompt_tuning import prompt_encoder_of
 from .models.ptuning import prefix_encoder_of
-from .models.quantized import dequantize_model
 from .models.sources import fingerprint, first_line, read_json
 from .runs import write_folder, write_json
 
@@ -218,7 +218,7 @@ def _require_layout(opened: OpenModel, layout: Layout) -> None:
 
 def _merge(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     """The base model with the adapter added to its weights, or with the weights that were tuned, all in `dtype`."""
-    dequantize_model(model, dtype)
+    unpack_model(model, dtype)
     if dtype == torch.float32:
         torch.nn.Module.to(model, dtype)  # before, so that the sum is rounded to nothing less
     merged = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model

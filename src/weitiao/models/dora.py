@@ -1,4 +1,4 @@
-"""DoRA beside a packed weight: PEFT's parameters and results, without a float copy of the whole weight.
+"""DoRA beside a packed weight: PEFT's parameters and results, without keeping a float copy of the weight.
 
 With W the frozen weight, A and B the low-rank pair, s their scaling and m the learnt magnitudes, one per row
 (Liu et al. 2024, arXiv:2402.09353):
@@ -17,6 +17,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from .packed_layers import float_weight
 from .quantized import QuantizedLinear, dequantize_weight, row_blocks
 
 
@@ -73,5 +74,5 @@ def _row_lengths(module: Any, adapter_name: str) -> Tensor:
     if isinstance(base, QuantizedLinear):
         lengths = tuned_row_lengths(base.weight, base.weight_scale, base.bits, a, b, scaling)
     else:
-        lengths = torch.linalg.vector_norm(base.weight.float() + scaling * (b.float() @ a.float()), dim=1)
+        lengths = torch.linalg.vector_norm(float_weight(base, torch.float32) + scaling * (b.float() @ a.float()), dim=1)
     return lengths

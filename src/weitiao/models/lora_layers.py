@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .dora import PackedDora
-from .quantized import QuantizedLinear
+from .packed_layers import is_packed
 
 
 class LoraLinear(PeftLoraLinear):
@@ -29,13 +29,14 @@ class LoraLinear(PeftLoraLinear):
     With W the frozen weight ``[out, in]``, A ``[r, in]``, B ``[out, r]``:
     ``y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`` (Hu et al. 2021, arXiv:2106.09685).
 
-    Around packed weights (`QuantizedLinear`) it does LoRA and DoRA, and refuses what needs the float weight itself.
+    Around packed weights of any kind (packed_layers.py) it does LoRA and DoRA, and refuses what needs the float weight
+    itself.
     """
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
         """PEFT's kinds of LoRA by their settings; beside packed weights only those that are right there."""
-        if isinstance(self.get_base_layer(), QuantizedLinear):
+        if is_packed(self.get_base_layer()):
             return {(): None, ("use_dora",): PackedDora}
         variants: dict[tuple[str, ...], Any] = super().lora_variants
         return variants
@@ -43,7 +44,7 @@ class LoraLinear(PeftLoraLinear):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add the adapter `adapter_name`. Raises ModelError when it would start from a packed weight's numbers."""
         start = config.init_lora_weights
-        packed = isinstance(self.get_base_layer(), QuantizedLinear)
+        packed = is_packed(self.get_base_layer())
         if packed and isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal"):
             raise ModelError(
                 f"An adapter with init_lora_weights={start!r} starts from the float weights, and this model's are "
@@ -53,10 +54,10 @@ class LoraLinear(PeftLoraLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapter to the base weight, as PEFT does. Raises ModelError when the base weight is packed."""
-        if isinstance(self.get_base_layer(), QuantizedLinear):
+        if is_packed(self.get_base_layer()):
             raise ModelError(
                 "An adapter cannot be merged into packed weights, whose steps are coarser than what it learnt. "
-                "Unpack them first: weitiao.models.quantized.dequantize_model(model, torch.float16)."
+                "Unpack them first: weitiao.models.packed_layers.unpack_model(model, torch.float16)."
             )
         super().merge(safe_merge, adapter_names)
 

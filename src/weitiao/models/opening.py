@@ -23,12 +23,21 @@ from .glm.original import open_original, read_prefix
 from .glm.tokenizers import glm_tokenizer
 from .native import load_native, weight_bytes
 from .ptuning import attach_original_prefix
-from .quantized import quantize_model
+from .quantizing import (
+    Packing,
+    adopt,
+    loading_config,
+    pack_model,
+    packing_named,
+    require_packing,
+    require_stored,
+    stored_packing,
+)
 from .shards import open_shards
 from .sources import fingerprint, first_line, model_folder, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BITS = {"none": None, "int8": 8, "int4": 4}
+_STORED_BITS = {"int8": "in 8 bits", "int4": "in 4 bits"}
 _LAYOUTS: dict[str, GlmLayout] = {
     templates.CHATGLM: "chatglm",
     templates.CHATGLM2: "chatglm2",
@@ -87,7 +96,7 @@ def open_model(
         dtype: ``auto`` (bfloat16 where the processor computes it natively, else float32), ``float32``, ``bfloat16``
             or ``float16``.
         device: torch device; by default the GPU when there is one.
-        quantize: ``int8`` or ``int4`` holds the matrices of the layers in so many bits.
+        quantize: how the matrices of the layers are held: ``none``, or a name in `quantizing.PACKINGS`.
         must_speak: refuse a folder of weights without a vocabulary, before the weights are read.
 
     Raises:
@@ -118,19 +127,22 @@ def _load(
     folder: Path, family: Family, config: dict[str, Any], *, dtype: torch.dtype, device: torch.device, quantize: str
 ) -> tuple[PreTrainedModel, list[str]]:
     """The weights in `folder`, quantised as asked, and what there is to say of them."""
-    bits = _BITS[quantize]
-    stored = config.get("quantization_bit") if family.layout else None
-    if bits and stored and bits != stored:
+    packing = packing_named(quantize)
+    stored = _stored_as(family, config)
+    if packing and stored and packing.name != stored:
+        kind = _STORED_BITS.get(stored, f"quantised ({stored})")
         raise ModelError(
-            f"The model in {folder} is stored in {stored} bits, so it cannot be held in {bits}. "
-            f"Leave model.quantize out, or take the model that is not quantised."
+            f"The model in {folder} is stored {kind}, so it cannot be held as model.quantize: {quantize} says. Leave "
+            f"model.quantize out, or take the model that is not quantised."
         )
+    if packing:
+        require_packing(packing, device)
     if family.layout is None:
-        model = load_native(folder, dtype)
-        if bits:
-            quantize_model(model, bits)
-        return model, []
-    model = open_original(folder, config, dtype=dtype, device=device, bits=bits)
+        return _load_native(folder, config, dtype=dtype, device=device, packing=packing), []
+    own = packing.bits if packing is not None and packing.library == "weitiao" else None
+    model = open_original(folder, config, dtype=dtype, device=device, bits=own)
+    if packing is not None and own is None:
+        pack_model(model, packing)
     if not config.get("pre_seq_len"):
         return model, []
     prefix = read_prefix(folder)
@@ -138,6 +150,28 @@ def _load(
         length = config["pre_seq_len"]
         return model, [f"config.json tells of a prefix of {length} tokens, but no file holds it; opened without."]
     return attach_original_prefix(model, config, prefix), []
+
+
+def _stored_as(family: Family, config: dict[str, Any]) -> str | None:
+    """How the checkpoint is stored packed, by the names of packings where it is one of them; None where it is not."""
+    if family.layout is None:
+        return stored_packing(config)
+    bits = config.get("quantization_bit")
+    return f"int{bits}" if bits else None
+
+
+def _load_native(
+    folder: Path, config: dict[str, Any], *, dtype: torch.dtype, device: torch.device, packing: Packing | None
+) -> PreTrainedModel:
+    """The weights that transformers reads, packed as they are read, as they are stored, or afterwards by ourselves."""
+    require_stored(folder, config, device)
+    stored = stored_packing(config) is not None
+    if packing is None or packing.library == "weitiao" or stored:
+        model = load_native(folder, dtype, device=device if stored else None)
+        if packing is not None and not stored:
+            pack_model(model, packing)
+        return adopt(model)
+    return adopt(load_native(folder, dtype, device=device, packing=loading_config(packing, dtype)))
 
 
 def _notes_on_code(config: dict[str, Any], family: Family) -> list[str]:
@@ -231,11 +265,14 @@ def open_renderer(path: str) -> Renderer:
 def loaded_bytes(path: str, *, dtype: str, quantize: str = "none") -> int:
     """The memory that opening the model `path` so takes for its weights.
 
-    Other models than originals are packed once they are loaded, so they need what they take before.
+    Models that are packed here once they are loaded need what they take before.
     """
     folder = model_folder(path)
-    layout = family_of(folder).layout
+    layout, packing = family_of(folder).layout, packing_named(quantize)
+    ours = packing is not None and packing.library == "weitiao"
     if layout is None:
-        return weight_bytes(folder, resolve_dtype(dtype))
+        each = packing.bytes_per_weight if packing is not None and not ours else None
+        return weight_bytes(folder, resolve_dtype(dtype), packed_bytes=each)
     tied = ("lm_head.weight",) if layout == "chatglm" else ()
-    return open_shards(folder).held_bytes(resolve_dtype(dtype), bits=_BITS[quantize], without=tied)
+    bits = packing.bits if packing is not None and ours else None
+    return open_shards(folder).held_bytes(resolve_dtype(dtype), bits=bits, without=tied)

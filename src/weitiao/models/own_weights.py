@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from .packed_layers import is_packed
 from .shards import read_tensors
 from .sources import adapter_type
 
@@ -79,7 +80,7 @@ def learn_weights(model: PreTrainedModel, names: Sequence[str]) -> PreTrainedMod
     """
     model.requires_grad_(False)
     own = dict(model.named_parameters())
-    packed = [name for name in names if not own[name].is_floating_point()]
+    packed = [name for name in names if _is_packed_weight(model, name)]
     if packed:
         raise ModelError(
             f"{len(packed)} of the weights that are to learn are packed in 4 or 8 bits ({packed[0]} …), which cannot "
@@ -101,6 +102,11 @@ def learn_weights(model: PreTrainedModel, names: Sequence[str]) -> PreTrainedMod
             parametrize.register_parametrization(module, kind, _InDtype(dtype), unsafe=True)  # another dtype comes out
     setattr(model, _ATTRIBUTE, ChangedWeights(names=tuple(names)))
     return model
+
+
+def _is_packed_weight(model: PreTrainedModel, name: str) -> bool:
+    module, _, kind = name.rpartition(".")
+    return kind == "weight" and is_packed(model.get_submodule(module))
 
 
 @contextmanager
@@ -149,7 +155,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     tensors = read_tensors(file)
     own = dict(model.named_parameters())
     strange = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
-    packed = [name for name in tensors if name in own and not own[name].is_floating_point()]
+    packed = [name for name in tensors if name in own and _is_packed_weight(model, name)]
     if strange or packed:
         what = "are packed in the model" if packed else "have no place in the model"
         raise ModelError(

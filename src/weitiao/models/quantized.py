@@ -316,7 +316,7 @@ def use_quantized_layers(model: PreTrainedModel, bits: int, *, skip: Sequence[st
             dtype=linear.weight.dtype,
         ).train(linear.training)
 
-    return _replace(model, empty, skip)
+    return replace_linears(model, empty, skip=skip)
 
 
 def quantize_model(model: PreTrainedModel, bits: int, *, skip: Sequence[str] = ()) -> list[str]:
@@ -324,29 +324,7 @@ def quantize_model(model: PreTrainedModel, bits: int, *, skip: Sequence[str] = (
 
     Arguments, result and errors as of `use_quantized_layers`; ModelError too where a weight cannot be packed.
     """
-    return _replace(model, lambda linear: QuantizedLinear.from_linear(linear, bits), skip)
-
-
-def dequantize_model(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Put plain linear layers with the unpacked weights in `dtype` where packed ones stand, also under adapters.
-
-    This is what merging an adapter and exporting to formats without packed weights start from. The model computes the
-    same as before, as far as `dtype` holds the products.
-
-    Returns:
-        The full names of the layers that were replaced.
-    """
-    names = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
-    for name in names:
-        packed = model.get_submodule(name)
-        assert isinstance(packed, QuantizedLinear)
-        model.set_submodule(name, packed.to_linear(dtype))
-    return names
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether any layer of `model` is packed."""
-    return bool(quantized_bits(model))
+    return replace_linears(model, lambda linear: QuantizedLinear.from_linear(linear, bits), skip=skip)
 
 
 def quantized_bits(model: nn.Module) -> int | None:
@@ -354,7 +332,13 @@ def quantized_bits(model: nn.Module) -> int | None:
     return next((module.bits for module in model.modules() if isinstance(module, QuantizedLinear)), None)
 
 
-def _replace(model: PreTrainedModel, make: Callable[[nn.Linear], QuantizedLinear], skip: Sequence[str]) -> list[str]:
+def replace_linears(
+    model: PreTrainedModel, make: Callable[[nn.Linear], nn.Linear], *, skip: Sequence[str] = ()
+) -> list[str]:
+    """Put what `make` makes of each in the place of the decoder's linear layers.
+
+    Arguments, result and errors as of `use_quantized_layers`.
+    """
     names = [name for name in _decoder_linears(model) if name.rsplit(".", 1)[-1] not in skip]
     for name in names:
         linear = model.get_submodule(name)

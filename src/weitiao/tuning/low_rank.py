@@ -18,7 +18,7 @@ from ..errors import RecipeError
 from ..models.adapters import base_model
 from ..models.learnt_prefix import learnt_prefix_of
 from ..models.lora_layers import ignoring_peft_warnings, use_lean_layers
-from ..models.quantized import QuantizedLinear
+from ..models.packed_layers import float_weight
 from ..recipe import Ia3, Lora
 from .pace import Pace, set_pace
 
@@ -134,19 +134,14 @@ def _start_from_weights(model: PeftModel, method: Lora, seed: int) -> None:
 
     The paper takes them out of the weight: ``W - B₀A₀ + BA``. Here the weight stays as it is and the adapter has twice
     the rank: its second half is ``-B₀A₀`` and does not learn. So the base model is there when the adapter is off, no
-    weight is rounded anew, and what is saved is a plain LoRA adapter.
+    weight is rounded anew, and what is saved is a plain LoRA adapter. Of packed weights the directions are those of the
+    unpacked ones.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for module in _lora_layers(model):
-            layer = module.get_base_layer()
-            if isinstance(layer, QuantizedLinear):
-                raise RecipeError(
-                    "method.init=pissa starts from the float weights, and this model's are packed. Set model.quantize: "
-                    "none, or leave method.init out."
-                )
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            weight = layer.weight.detach().float()
+            weight = float_weight(module.get_base_layer(), torch.float32)
             count = min(method.rank, *weight.shape)
             left, values, right = torch.svd_lowrank(
                 weight, q=min(count + _MORE_DIRECTIONS, *weight.shape), niter=_PASSES

@@ -12,9 +12,9 @@ from ..errors import RecipeError
 from ..models.adapters import load_adapter
 from ..models.learnt_prefix import learnt_prefix_of
 from ..models.own_weights import changed_weights_of, learn_weights
+from ..models.packed_layers import num_weights
 from ..models.prompt_tuning import attach_prompt, prompt_encoder_of
 from ..models.ptuning import attach_prefix, prefix_encoder_of
-from ..models.quantized import QuantizedLinear
 from ..recipe import AnyMethod, Freeze, Full, Ia3, Lora, PromptTuning, PTuning, PTuningV1
 from .low_rank import (
     add_ia3,
@@ -165,10 +165,5 @@ def _weight_differences(tuned: PreTrainedModel | PeftModel, method: Freeze | Ful
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters of `model`; tied weights count once, packed ones as the numbers they stand for."""
-    parameters = {id(p): p for p in model.parameters()}.values()
-    total = sum(p.numel() for p in parameters) + sum(
-        module.in_features * module.out_features - module.weight.numel()
-        for module in model.modules()
-        if isinstance(module, QuantizedLinear)
-    )
-    return sum(round(p.numel() * pace_of(p).share) for p in parameters if p.requires_grad), total
+    learning = {id(p): p for p in model.parameters() if p.requires_grad}.values()
+    return sum(round(p.numel() * pace_of(p).share) for p in learning), num_weights(model)
