@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 
 import torch
@@ -19,6 +19,7 @@ from ..models.ptuning import prefix_states
 from ..recipe import Train
 from .batches import Batch
 from .loss import head_of, supervised_loss
+from .sharding import ends_together, is_spread
 
 
 class TrainedModel(nn.Module):
@@ -83,7 +84,9 @@ class TrainedModel(nn.Module):
             self.model.set_attn_implementation(self.generation_attention)
         self.model.eval()
         try:
-            with torch.compiler.set_stance("force_eager"), casting_once():
+            # what was cast once would be the whole model, where its weights are spread over processes
+            casting = nullcontext() if is_spread(self) else casting_once()
+            with torch.compiler.set_stance("force_eager"), casting, ends_together(self):
                 yield self.model
         finally:
             self.model.train()
@@ -107,6 +110,11 @@ def can_compile() -> bool:
 
 def require_compiler(settings: Train) -> None:
     """Raise RunError when `settings` ask for `torch.compile` and this machine cannot: before anything is written."""
+    if settings.compile == "always" and settings.shard != "none":
+        raise RunError(
+            "train.compile=always is not for weights spread over processes (train.shard=fsdp), whose layers are put "
+            "together between what a compiler could join. Set train.compile=never, or train.shard=none."
+        )
     if settings.compile == "always" and not can_compile():
         raise RunError(
             "train.compile=always needs a C++ compiler (g++ or clang++). Install one, or set train.compile=never."
@@ -121,13 +129,14 @@ def check_head(trained: TrainedModel, batch: Batch) -> None:
     """
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         ours = trained(batch)
-        logits = trained.model(
-            input_ids=batch.token_ids,
-            position_ids=batch.positions,
-            use_cache=False,
-            logits_to_keep=batch.predictors,
-            **trained.rows_of(batch),
-        ).logits[0]
+        with ends_together(trained):
+            logits = trained.model(
+                input_ids=batch.token_ids,
+                position_ids=batch.positions,
+                use_cache=False,
+                logits_to_keep=batch.predictors,
+                **trained.rows_of(batch),
+            ).logits[0]
         losses = nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
         theirs = (losses * batch.weights).sum()
     if not torch.isclose(ours, theirs, rtol=2e-2, atol=1e-3):

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 from ..errors import LostProcessError, RunError, WeitiaoError
 from ..launch import Launch
@@ -67,8 +68,12 @@ class Ranks:
         return values
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Make each parameter's gradient the sum of all processes'; one that none has a gradient of keeps none."""
-        if self.size == 1:
+        """Make each parameter's gradient the sum of all processes'; one that none has a gradient of keeps none.
+
+        Of parameters spread over the processes the gradients were summed when they were spread.
+        """
+        parameters = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        if self.size == 1 or not parameters:
             return
         had = self.add(torch.tensor([float(parameter.grad is not None) for parameter in parameters]))
         learnt = [parameter for parameter, count in zip(parameters, had.tolist(), strict=True) if count]
@@ -86,10 +91,10 @@ class Ranks:
                     gradient.copy_(summed.view_as(gradient))
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
-        """Give `tensors` the values that they have in the first process."""
+        """Give `tensors` the values that they have in the first process; not those spread over the processes."""
         if self.size > 1:
             with _talking(self), torch.no_grad():
-                for tensor in tensors:
+                for tensor in (one for one in tensors if not isinstance(one, DTensor)):
                     whole = tensor.contiguous()
                     dist.broadcast(whole, src=0)
                     tensor.copy_(whole)

@@ -137,7 +137,11 @@ def in_company(model: PreTrainedModel, ranks: Ranks) -> Iterator[None]:
     if not layers:
         yield
         return
-    hook = model.get_decoder().register_forward_pre_hook(lambda _module, _inputs: _tell(ranks, 1))
+
+    def tell(_module: nn.Module, _inputs: object) -> None:  # what a hook returns would take the inputs' place
+        _tell(ranks, 1)
+
+    hook = model.get_decoder().register_forward_pre_hook(tell)
     try:
         yield
     finally:
@@ -172,7 +176,7 @@ def whole_weights(model: PreTrainedModel, ranks: Ranks) -> dict[str, Tensor] | N
     None where none are spread; empty in the other processes. One tensor at a time is whole on the device.
     """
     changed, dtype = changed_weights_of(model), computing_dtype(model)
-    if changed is None or not is_spread(model):
+    if changed is None or not learns_spread(model):
         return None
     found = {}
     own = {name.replace("parametrizations.", "").removesuffix(".original"): p for name, p in model.named_parameters()}
@@ -186,5 +190,10 @@ def whole_weights(model: PreTrainedModel, ranks: Ranks) -> dict[str, Tensor] | N
 
 
 def is_spread(module: nn.Module) -> bool:
-    """Whether weights of `module` that learn are spread over processes."""
+    """Whether weights of `module` are spread over processes."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def learns_spread(module: nn.Module) -> bool:
+    """Whether weights of `module` that learn are spread over processes, and not an adapter's alone, which are whole."""
     return any(isinstance(parameter, DTensor) and parameter.requires_grad for parameter in module.parameters())

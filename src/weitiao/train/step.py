@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -20,15 +20,17 @@ from transformers import PreTrainedModel
 from ..data.order import share_passes, share_rows
 from ..errors import DivergedError
 from ..models.adapters import base_model
+from ..models.opening import default_device
 from ..models.own_weights import computing_dtype
 from ..recipe import Train
 from ..render.base import Example
 from .activations import Offloading, checkpoint_layers
-from .batches import ROUND_TOKENS, Batch, TellPrefix, make_batches
+from .batches import ROUND_TOKENS, Batch, TellPrefix, make_batches, make_probe
 from .model import TrainedModel
 from .optimisers import make_optimiser, make_scheduler
 from .ranks import ALONE, Ranks
 from .several_optimisers import UpdatesInBackward
+from .sharding import clip_gradients, learns_spread, shard_model, spreads
 from .switches import updates_in_backward
 
 _DEAD_LOSS = 0.1
@@ -58,15 +60,21 @@ class Setup:
 def set_up(model: PreTrainedModel | PeftModel, settings: Train, *, steps: int, ranks: Ranks = ALONE) -> Setup:
     """The trainable parameters of `model` with their optimiser and a schedule of `steps` steps.
 
-    In all of `ranks` they have the values of the first.
+    In all of `ranks` they have the values of the first. With ``shard: fsdp`` `model` is spread over these, and may be on
+    the CPU until then.
+
+    Raises:
+        ModelError, RunError: it cannot be spread.
     """
     base = base_model(model)
     checkpoint_layers(base, settings)
     seed_dropout(settings, ranks, step=0)
+    trained = TrainedModel(base, packing=settings.packing)
+    if spreads(settings, ranks):
+        shard_model(trained, base, settings, ranks, torch.device(default_device()))
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision=_mixed_precision(base))
     optimiser = make_optimiser(model, settings)
     scheduler = make_scheduler(optimiser, settings, steps)
-    trained = TrainedModel(base, packing=settings.packing)
     # made ready without a data-parallel wrapper: take_step adds the gradients, once for all passes of a step
     updates = updates_in_backward(optimiser, settings, accelerator, ranks)
     trained, optimiser = accelerator.prepare_model(trained, evaluation_mode=True), accelerator.prepare(optimiser)
@@ -113,10 +121,13 @@ def step_batches(
 
     With `share`, what rows begin with alike is computed once where that pays; see `PromptSharing`.
 
-    Of several `ranks` each has passes of its own, of about as many tokens, or none when there are too few rows.
+    Of several `ranks` each has passes of its own, of about as many tokens, or none when there are too few rows. Where
+    the model is spread over them, they all have as many: some compute a row of which nothing is learnt.
     """
     limit, round_to = _pass_rules(settings)
-    own = None if ranks.size == 1 else share_rows([len(row) for row in rows], parts=ranks.size)[ranks.rank]
+    lengths = [len(row) for row in rows]
+    parts = share_rows(lengths, parts=ranks.size)
+    own = None if ranks.size == 1 else parts[ranks.rank]
     batches = make_batches(
         rows,
         tokens_per_pass=limit,
@@ -127,6 +138,10 @@ def step_batches(
         places=own,
         share=share,
     )
+    if spreads(settings, ranks):
+        counts = [len(share_passes([lengths[place] for place in part], tokens_per_pass=limit)) for part in parts]
+        empty = replace(make_probe(rows, num_targets=0, row_prefix=row_prefix), num_tokens=0)
+        batches += [empty] * (max(counts) - len(batches))
     return [batch.to(device) for batch in batches]
 
 
@@ -165,7 +180,8 @@ def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> tuple[
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     setup.ranks.add_gradients(parameters)
     limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-    norm = float(accelerator.clip_grad_norm_(parameters, limit)) if setup.updates is None else setup.updates.norm
+    clip = clip_gradients if learns_spread(trained) else accelerator.clip_grad_norm_
+    norm = float(clip(parameters, limit)) if setup.updates is None else setup.updates.norm
     # weights so large that a norm layer's variance is infinite give hidden states of zero: no gradient, ever again
     dead = norm == 0 and total > _DEAD_LOSS
     if not math.isfinite(total) or dead or not (math.isfinite(norm) or _may_lower_scale(accelerator)):
