@@ -52,6 +52,9 @@ class Progress:
     scoring_seconds: float = 0.0
     """The same for scoring the dev rows."""
     compiled: bool = False
+    fitted: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the recipe's `train` part that were changed so that memory suffices, as `halving.with_fitted` takes
+    them; the run keeps them."""
     window: tuple[float, ...] = ()
     """Losses of the steps since the last log line."""
     task_window: Mapping[str, tuple[float, int]] = field(default_factory=dict)

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import RunError
-from ..models.out_of_memory import give_memory_back
+from ..models.out_of_memory import give_memory_back, ran_out_of_memory
+from ..models.sources import first_line
 from ..recipe import Train
 from .batches import Batch
 from .memory import limit_bytes, peak_bytes
@@ -85,6 +86,13 @@ class Halving:
                 return attempt(self.settings)
             except PassesTooLargeError as error:
                 why, sizes = str(error), error.sizes
+            except (MemoryError, RuntimeError) as error:
+                if not ran_out_of_memory(error):
+                    raise
+                raise RunError(
+                    f"Step {step}: memory ran out while the weights were updated ({first_line(error)}). "
+                    f"{cures(self.settings)}"
+                ) from None
             give_memory_back()
             _restore(before, self._device)  # dropout falls as it would have
             self._halve(step, why, sizes)

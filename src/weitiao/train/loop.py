@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 from ..data.order import num_steps, step_rows
 from ..errors import DivergedError, RunError, WeitiaoError
 from ..models.adapters import base_model
+from ..models.out_of_memory import ran_out_of_memory
+from ..models.sources import first_line
 from ..recipe import Train
 from ..render.base import Example
 from ..render.example_store import lengths_of
 from ..runs import RunFolder, write_folder
 from ..stopping import Stopped, StopSignals
-from .batches import make_probe
+from .batches import Batch, make_probe
 from .checkpoint import (
     Progress,
     list_checkpoints,
@@ -34,6 +36,7 @@ from .checkpoint import (
     save_checkpoint,
     step_of,
 )
+from .halving import Halving, fitted_of, with_fitted
 from .manifest import MANIFEST, damage_in
 from .memory import peak_bytes
 from .model import check_head
@@ -44,7 +47,7 @@ from .ranks import ALONE, Ranks
 from .resuming import LATEST, checkpoint_to_go_on_from
 from .scoring import OnEval, OnScore, draw, save_best, score_dev_rows
 from .shared_prompts import PromptSharing, groups_of
-from .step import Setup, seed_dropout, set_up, step_batches, take_step
+from .step import Setup, StepResult, seed_dropout, set_up, step_batches, sum_losses, take_step
 from .switches import notes_on_switches
 from .task_losses import TaskSums, add_sums, mean_by_task, sum_by_row, sum_by_task
 from .trouble import NameRow, SpikeWatch, describe_spike, explain_divergence, worst_rows
@@ -155,6 +158,23 @@ def train(
     name_row, spikes, saved_at = name_row or _number, SpikeWatch(), time.monotonic()
     stops = stops or StopSignals(display.say)
     sharing = PromptSharing(trained, settings, display.say)
+    halving = Halving(with_fitted(settings, progress.fitted), device, say=display.say, ranks=ranks)
+
+    def take(rows: Sequence[Example], row_tasks: Sequence[str], settings: Train) -> tuple[list[Batch], StepResult]:
+        """The passes of a step over `rows`, and what came of them."""
+        make_passes = partial(
+            step_batches, rows, row_tasks, settings, device, row_prefix=trained.row_prefix, ranks=ranks
+        )
+        why = ""
+        try:
+            batches = sharing.lay_out(rows, make_passes)
+        except (MemoryError, RuntimeError) as error:  # in the proof that sharing changes nothing
+            if not ran_out_of_memory(error):
+                raise
+            batches, why = make_passes(share=False), first_line(error)
+        if why:
+            sum_losses(setup, 0.0, batches, why)  # raises, here and in the other processes
+        return batches, take_step(setup, batches, settings)
 
     def settle(progress: Progress) -> Progress:
         """With the scoring done that is due; still due when a signal breaks it off."""
@@ -162,7 +182,7 @@ def train(
             dog.enter("scoring the dev rows", step=progress.step)
             with weights_in_use(optimiser, settings):
                 progress = score_dev_rows(
-                    setup, dev_examples, dev_tasks, on_eval, settings, run, model, progress, display, stops
+                    setup, dev_examples, dev_tasks, on_eval, halving.settings, run, model, progress, display, stops
                 )
             score = progress.last_score
             if on_score is not None and score is not None and not progress.unscored:
@@ -192,15 +212,13 @@ def train(
             _, rows = next(order)
             row_tasks = [tasks[row] for row in rows] if tasks else [""] * len(rows)
             step_examples = [examples[row] for row in rows]
-            known = (step_examples, row_tasks, settings, device)
-            make_passes = partial(step_batches, *known, row_prefix=trained.row_prefix, ranks=ranks)
-            batches = sharing.lay_out(step_examples, make_passes)
             compiling = progress.compiled and step == first_step
             dog.enter("compiling and training" if compiling else "training", step=step)
             try:
                 # nothing is lost by leaving before the first step is done, and compiling takes a minute
                 with stops.breaking_off() if compiling else nullcontext():
-                    loss, grad_norm, token_losses = take_step(setup, batches, settings)
+                    batches, taken = halving.take(step, partial(take, step_examples, row_tasks))
+                loss, grad_norm, token_losses = taken
             except DivergedError as error:
                 at_fault, why = explain_divergence(trained, examples, rows, settings, name_row)
                 what = "the loss of the step is not finite." if at_fault else str(error)
@@ -220,6 +238,7 @@ def train(
                     f"Step {step}: the gradient overflowed float16. Nothing was learnt; the loss scale is halved."
                 )
             progress = _advance(progress, step, loss, sum_by_task(row_sums, row_tasks), started)
+            progress = replace(progress, fitted=fitted_of(settings, halving.settings))
             display.advance(step, sum(len(example) for example in step_examples))
 
             last = step == plan.steps

@@ -18,19 +18,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.order import share_passes, share_rows
-from ..errors import DivergedError
+from ..errors import DivergedError, RunError
 from ..models.adapters import base_model
 from ..models.opening import default_device
+from ..models.out_of_memory import ran_out_of_memory
 from ..models.own_weights import computing_dtype
+from ..models.sources import first_line
 from ..recipe import Train
 from ..render.base import Example
 from .activations import Offloading, checkpoint_layers
 from .batches import ROUND_TOKENS, Batch, TellPrefix, make_batches, make_probe
+from .halving import PassesTooLargeError, PassSizes, cures
 from .model import TrainedModel
 from .optimisers import make_optimiser, make_scheduler
 from .ranks import ALONE, Ranks
 from .several_optimisers import UpdatesInBackward
-from .sharding import clip_gradients, learns_spread, shard_model, spreads
+from .sharding import clip_gradients, is_spread, learns_spread, shard_model, spreads
 from .switches import updates_in_backward
 
 _DEAD_LOSS = 0.1
@@ -39,6 +42,10 @@ _DEAD_LOSS = 0.1
 _LOWEST_SCALE = 1.0
 """Where float16 gradients overflow though the loss is scaled by no more than this, halving the scale again is vain.
 From the scale that training starts with, it takes 16 steps in a row to get here."""
+
+
+StepResult = tuple[float, float, list[Tensor]]
+"""A step's loss, the norm of its gradient, and for each pass the losses of its learnt tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +164,7 @@ def _pass_rules(settings: Train) -> tuple[int, int]:
     return (settings.tokens_per_pass, ROUND_TOKENS) if settings.packing else (1, 1)
 
 
-def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> tuple[float, float, list[Tensor]]:
+def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> StepResult:
     """One optimiser step over the passes in `batches`, and over those of the other processes where there are any.
 
     Returns the step's loss, the gradient's norm, and for each pass the losses of its learnt tokens. The norm is not
@@ -165,18 +172,19 @@ def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> tuple[
 
     Raises:
         DivergedError: training has diverged.
+        PassesTooLargeError: memory ran out in the passes of one of the processes. Nothing was learnt.
+        RunError: it ran out where the step cannot be taken again.
     """
     trained, accelerator = setup.trained, setup.accelerator
-    total = 0.0
-    token_losses = [torch.empty(len(batch.targets), device=batch.targets.device) for batch in batches]
-    for number, (batch, losses) in enumerate(zip(batches, token_losses, strict=True), start=1):
-        with setup.offloading:
-            loss = trained(batch, losses)
-        total += loss.item()
-        whole = number == len(batches) and math.isfinite(total)
-        with setup.updates.in_last_pass() if setup.updates is not None and whole else nullcontext():
-            accelerator.backward(loss)
-    total = setup.ranks.add(torch.tensor(total, dtype=torch.float64)).item()
+    total, token_losses, why = 0.0, [], ""
+    try:
+        total, token_losses = _run_passes(setup, batches)
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        require_untouched(setup, settings)
+        why = first_line(error)
+    total = sum_losses(setup, total, batches, why)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     setup.ranks.add_gradients(parameters)
     limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
@@ -194,6 +202,49 @@ def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> tuple[
         setup.scheduler.step()
     setup.optimiser.zero_grad(set_to_none=True)
     return total, norm, token_losses
+
+
+def _run_passes(setup: Setup, batches: Sequence[Batch]) -> tuple[float, list[Tensor]]:
+    """This process's share of the step's loss, and for each pass the losses of its learnt tokens."""
+    trained, accelerator = setup.trained, setup.accelerator
+    total = 0.0
+    if setup.updates is not None:
+        setup.updates.squares = 0.0
+    token_losses = [torch.empty(len(batch.targets), device=batch.targets.device) for batch in batches]
+    for number, (batch, losses) in enumerate(zip(batches, token_losses, strict=True), start=1):
+        with setup.offloading:
+            loss = trained(batch, losses)
+        total += loss.item()
+        whole = number == len(batches) and math.isfinite(total)
+        with setup.updates.in_last_pass() if setup.updates is not None and whole else nullcontext():
+            accelerator.backward(loss)
+    return total, token_losses
+
+
+def sum_losses(setup: Setup, own: float, batches: Sequence[Batch], why: str = "") -> float:
+    """The loss of the whole step, of which this process has its `own` share.
+
+    Raises PassesTooLargeError in every process where memory ran out in one; `why` says so of this one.
+    """
+    told = setup.ranks.add(torch.tensor([own, float(bool(why))], dtype=torch.float64))
+    if told[1]:
+        setup.optimiser.zero_grad(set_to_none=True)
+        raise PassesTooLargeError(why or "in another process", PassSizes.of(batches))
+    return float(told[0])
+
+
+def require_untouched(setup: Setup, settings: Train) -> None:
+    """Raise RunError when memory ran out in a step that cannot be taken again."""
+    if is_spread(setup.trained):
+        raise RunError(
+            f"Memory ran out, and a step of a model that is spread over processes cannot be taken again, for these "
+            f"wait for each other inside of it. {cures(settings)}"
+        )
+    if setup.updates is not None and setup.updates.squares:
+        raise RunError(
+            f"Memory ran out while weights were updated already (train.update_in_backward), so the step cannot be "
+            f"taken again. {cures(settings)}"
+        )
 
 
 def _may_lower_scale(accelerator: Accelerator) -> bool:
