@@ -88,23 +88,23 @@ class Batch:
             ready = [place for place, row in enumerate(self.rows) if not row.pending]
             return self._choose(ready, torch.cat(parts)[ready]) if ready else []
 
-    def trim(self) -> None:
-        """Give back cache that the rows do not need any more."""
+    def trim(self, *, capacity: int) -> None:
+        """Give back cache that the rows do not need any more; `capacity` as in `step`, 0 when there is no row."""
         longest = max((row.num_cached + len(row.pending) for row in self.rows), default=0)
-        self.cache.shrink(num_rows=len(self.rows), num_tokens=longest)
+        self.cache.shrink(num_rows=capacity, num_tokens=longest)
 
     def coming_share(self, prompt: Sequence[int]) -> bool:
         """Whether a row is about to compute a beginning of `prompt` that could not be copied yet."""
         if self.heads is None:
             return False
-        soon = now = 0
-        for row in self.rows:
-            alike = min(num_alike(prompt, row.prompt), len(prompt) - 1)
-            soon, now = max(soon, alike), max(now, min(alike, row.num_cached))
-        if soon < now + LEAST_SHARE:
+        most = len(prompt) - 1
+        alike = {row: min(num_alike(prompt, row.prompt), most) for row in self.rows if row.in_prompt}
+        soon = max(alike.values(), default=0)
+        if soon < LEAST_SHARE + max((min(count, row.num_cached) for row, count in alike.items()), default=0):
             return False
-        now = max(now, BLOCK * len(self.heads.find(self.owner, prompt, most=len(prompt) - 1)))
-        return soon >= now + LEAST_SHARE
+        if soon < LEAST_SHARE + BLOCK * len(self.heads.find(self.owner, prompt, most=most)):
+            return False
+        return soon >= LEAST_SHARE + max(num_alike(prompt[:soon], row.known(row.num_cached)) for row in self.rows)
 
     # --- Sharing -----------------------------------------------------------------------------------------------------
 

@@ -96,7 +96,7 @@ def generate(
         raise ValueError(
             f"constraints holds {len(constraints)} for {len(prompts)} prompts; it must hold one, or None, for each."
         )
-    _check_model(model, exact)
+    check_model(model, exact=exact)
     _check_prompts(model, prompts, sampling)
     stops = frozenset(stop_ids)
     rows = [
@@ -117,7 +117,8 @@ def generate(
     return _run(batch, rows, max_rows, max_cache_tokens, sampling.max_new_tokens)
 
 
-def _check_model(model: PreTrainedModel | PeftModel, exact: bool) -> None:
+def check_model(model: PreTrainedModel | PeftModel, *, exact: bool) -> None:
+    """Raise ModelError where batches cannot run `model`, or not `exact`."""
     if model.training:
         raise ModelError("The model is in training mode, so dropout would change its answers. Call model.eval() first.")
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:

@@ -83,9 +83,9 @@ class Row:
         """Whether a part of the prompt is still to be computed."""
         return self.num_cached < self.num_prompt
 
-    def known(self, end: int) -> list[int]:
+    def known(self, end: int) -> tuple[int, ...]:
         """The first `end` tokens of prompt and answer."""
-        return [*self.prompt[:end], *self.tokens[: max(0, end - self.num_prompt)]]
+        return (*self.prompt[:end], *self.tokens[: max(0, end - self.num_prompt)])
 
     def start(self) -> Generation | None:
         """Write what the constraint forces at the beginning; the answer where that leaves nothing to ask for."""

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -96,15 +97,42 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel | Peft
 
 
 def _load_peft_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    try:
+    with _telling_what_is_wrong(folder):
         config = PeftConfig.from_pretrained(str(folder))
         use_lean_layers(config)
         with ignoring_peft_warnings():
             tuned = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=False)
             # Loaded once more, because only this tells which weights were lacking and which had no place.
             found = tuned.load_adapter(str(folder), "default", is_trainable=False)
+    _require_whole(found, folder)
+    return tuned
+
+
+def add_peft_adapter(tuned: PeftModel, folder: Path, name: str) -> None:
+    """Put the adapter in `folder` beside those that `tuned` has, as `name`, frozen; the active one stays active.
+
+    Raises:
+        ModelError: as `load_adapter` says, or it is of another method than those.
+    """
+    with _telling_what_is_wrong(folder):
+        config = PeftConfig.from_pretrained(str(folder), inference_mode=True)
+        use_lean_layers(config)
+        with ignoring_peft_warnings():
+            tuned.add_adapter(name, config)
+            found = tuned.load_adapter(str(folder), name, is_trainable=False)
+    _require_whole(found, folder)
+
+
+@contextlib.contextmanager
+def _telling_what_is_wrong(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # noqa: BLE001 - a cut file or wrong shapes raise many types
         raise ModelError(f"The adapter in {folder} cannot be put on this model ({first_line(error)}).") from None
+
+
+def _require_whole(found: Any, folder: Path) -> None:
+    """Raise ModelError where PEFT `found` weights lacking, or some that have no place."""
     lacking, strange = found.missing_keys, found.unexpected_keys
     if lacking or strange:
         what = "it has no weights" if lacking else "the model has no place"
@@ -112,7 +140,6 @@ def _load_peft_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise ModelError(
             f"The adapter in {folder} cannot be put on this model ({what} for {name}, and {count - 1} others like it)."
         )
-    return tuned
 
 
 def adapter_fingerprint(folder: Path) -> str:

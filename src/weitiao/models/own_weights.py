@@ -172,6 +172,21 @@ def load_weights(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return model
 
 
+def take_weights_off(model: PreTrainedModel) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
+    """Make `model`, just after `load_weights`, its base model again.
+
+    Returns:
+        Of each parameter that was changed: itself, the base model's values and the tuned ones.
+    """
+    changed = changed_weights_of(model)
+    assert changed is not None and changed.others is not None and changed.on, "the weights were loaded for use"
+    tuned = {name: parameter.data for name, parameter in model.named_parameters() if name in changed.others}
+    _swap(model, changed, on=False)
+    delattr(model, _ATTRIBUTE)
+    own = dict(model.named_parameters())
+    return [(own[name], own[name].data, values) for name, values in tuned.items()]
+
+
 @contextmanager
 def with_base_weights(model: PreTrainedModel) -> Iterator[None]:
     """Within this `model` computes with the weights of its base model.

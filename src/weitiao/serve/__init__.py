@@ -1,0 +1,1 @@
+"""Answering requests: one thread owns the model; protocol, pages and feedback stand around it."""
