@@ -32,6 +32,7 @@ from .base import (
     reporting_errors,
     said_of,
 )
+from .spread import Address, GpusPerWorker, Ray, Workers, require_with_ray
 from .unattended import outliving_terminal
 
 if TYPE_CHECKING:
@@ -278,6 +279,16 @@ def predict(
     system: System = None,
     encoding: FileEncoding = "utf-8",
     sheet: Sheet = None,
+    ray: Ray = False,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    rows_per_shard: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="With --ray: rows answered by a worker at a time; else 1000.")
+    ] = None,
+    keep_shards: Annotated[
+        bool, typer.Option("--keep-shards", help="With --ray: leave the answers in OUTPUT.parts/shard-*.jsonl.")
+    ] = False,
+    address: Address = None,
 ) -> None:
     """Answer every row with the tuned model. A broken-off prediction goes on where it stopped.
 
@@ -286,11 +297,38 @@ def predict(
     """
     with reporting_errors():
         said = said_of(row_format, prompt, system, encoding, sheet)
-        from ..apply import predict_file
+        require_with_ray(
+            ray,
+            workers=workers,
+            gpus_per_worker=gpus_per_worker,
+            rows_per_shard=rows_per_shard,
+            keep_shards=keep_shards,
+            address=address,
+        )
+        if ray:
+            from ..cluster.predict import ROWS_PER_SHARD, predict_on_ray
 
-        done = predict_file(run, rows, output, threshold=threshold, base_model=base_model, said=said, console=err)
+            done = predict_on_ray(
+                run,
+                rows,
+                output,
+                workers=workers,
+                gpus_per_worker=gpus_per_worker,
+                rows_per_shard=rows_per_shard or ROWS_PER_SHARD,
+                keep_shards=keep_shards,
+                address=address,
+                threshold=threshold,
+                base_model=base_model,
+                said=said,
+                console=err,
+            )
+        else:
+            from ..apply import predict_file
+
+            done = predict_file(run, rows, output, threshold=threshold, base_model=base_model, said=said, console=err)
     share = f"{done.valid / done.rows:.1%}"
-    out.print(f"{done.rows} answers in {output}, {done.valid} of them ({share}) in the labelled form.")
+    where = f"{output}.parts/shard-*.jsonl" if keep_shards else str(output)
+    out.print(f"{done.rows} answers in {where}, {done.valid} of them ({share}) in the labelled form.")
     if done.for_people is not None:
         out.print(f"{done.for_people} of them are for a person: their confidence is below {threshold}.")
         if not done.calibrated:

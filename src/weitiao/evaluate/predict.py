@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..data.records import Record
-from ..errors import FormError
+from ..errors import DataError, FormError
 from ..generate.chat import Reply, reply_all
 from ..generate.engine import Sampling
 from ..messages import write_calls
@@ -73,18 +73,23 @@ class Answerer:
                 asked.append(place)
             except FormError as error:
                 yield Reply(index=place, text="", finish="refused", num_tokens=0, logprob=0.0, refusal=str(error))
-        replies = reply_all(
-            self.model,
-            self.renderer,
-            [records[place].messages for place in asked],
-            sampling=sampling,
-            tools=[records[place].tools for place in asked],
-            limits=[self.answer_limits[tasks[place].name] for place in asked],
-            grammars=grammars,
-            max_rows=self.batch_rows,
-        )
-        for reply in replies:
-            yield replace(reply, index=asked[reply.index])
+        try:
+            replies = reply_all(
+                self.model,
+                self.renderer,
+                [records[place].messages for place in asked],
+                sampling=sampling,
+                tools=[records[place].tools for place in asked],
+                limits=[self.answer_limits[tasks[place].name] for place in asked],
+                grammars=grammars,
+                max_rows=self.batch_rows,
+            )
+            for reply in replies:
+                yield replace(reply, index=asked[reply.index])
+        except DataError as error:  # which knows prompts by their numbers alone
+            sources = {f"prompt {number}": records[place].source for number, place in enumerate(asked)}
+            problems = [replace(one, source=sources.get(one.source, one.source)) for one in error.problems]
+            raise DataError(str(error).partition("\n")[0], problems) from None
 
 
 def predict_rows(
