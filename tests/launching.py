@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from weitiao.models.own_weights import WEIGHTS_FILE
 from weitiao.runs import RunFolder
 
 TEXTS = ("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账")
 LABELS = ("体育", "科技", "财经")
 PATIENCE_SECONDS = 280
+
+TOLERANCE = 1e-5
+"""Of losses in float32: sums come in another order."""
 
 
 def write_recipe(folder: Path, model: Path, *, rows: int = 24, **train: Any) -> Path:
@@ -76,7 +87,9 @@ def lines_of(run: RunFolder, kind: str) -> list[dict[str, Any]]:
 
 
 def adapter_of(run: RunFolder) -> dict[str, Tensor]:
-    return load_file(run.adapter / "adapter_model.safetensors")
+    """What learnt: an adapter, or weights of the model's own."""
+    files = [run.adapter / name for name in ("adapter_model.safetensors", WEIGHTS_FILE)]
+    return load_file(next(file for file in files if file.exists()))
 
 
 def furthest(one: RunFolder, other: RunFolder) -> float:
@@ -84,3 +97,42 @@ def furthest(one: RunFolder, other: RunFolder) -> float:
     a, b = adapter_of(one), adapter_of(other)
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a) if a else float(torch.inf)
+
+
+def agree(one: RunFolder, other: RunFolder) -> None:
+    """Every logged figure of two runs that does not depend on the machine is the same, and so are their adapters."""
+    for kind, figures in (("train", ("loss", "grad_norm", "learning_rate")), ("dev", ("loss", "overall"))):
+        lines, others = lines_of(one, kind), lines_of(other, kind)
+        assert [line["step"] for line in lines] == [line["step"] for line in others]
+        for line, its in zip(lines, others, strict=True):
+            for name in figures:
+                assert math.isclose(line[name], its[name], rel_tol=TOLERANCE, abs_tol=TOLERANCE), (line, its)
+            assert line["task_losses"] == pytest.approx(its["task_losses"], rel=TOLERANCE)
+    assert one.read_samples() == other.read_samples()
+    assert furthest(one, other) < 20 * TOLERANCE
+
+
+def wait_for_step(run: RunFolder, step: int, process: subprocess.Popen[str]) -> None:
+    """Until `run` has logged `step`."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not any(line["step"] >= step for line in lines_of(run, "train")):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.01)
+
+
+def kill(process: subprocess.Popen[str], rank: int) -> int:
+    """SIGKILL the process number `rank` of those that `process`, a torchrun, started, once there is one; its pid."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not (living := list(ranked(process.pid, rank))):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(living[0], signal.SIGKILL)
+    return living[0]
+
+
+def ranked(launcher: int, rank: int) -> Iterator[int]:
+    """The living processes number `rank` that `launcher` started."""
+    for child in psutil.Process(launcher).children():
+        with contextlib.suppress(psutil.Error):  # one that has ended meanwhile has no environment
+            if child.status() != psutil.STATUS_ZOMBIE and child.environ().get("RANK") == str(rank):
+                yield child.pid

@@ -6,50 +6,28 @@ a process at random moments while torchrun starts all anew.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import random
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from launching import PATIENCE_SECONDS, furthest, lines_of, run_of, start, train, write_recipe
+from launching import PATIENCE_SECONDS, agree, kill, lines_of, run_of, start, train, wait_for_step, write_recipe
 from weitiao.cli import app
 from weitiao.data.order import share_rows
 from weitiao.errors import RunError
 from weitiao.launch import read_launch
 from weitiao.recipe import load_recipe
 from weitiao.render.base import Example
-from weitiao.runs import RunFolder
 from weitiao.train.batches import make_batches
 from weitiao.train.checkpoint import list_checkpoints
 from weitiao.tune import tune_model
 
-TOLERANCE = 1e-5
-"""Of losses in float32: sums come in another order."""
-
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-
-
-def agree(one: RunFolder, other: RunFolder) -> None:
-    """Every logged figure of two runs that does not depend on the machine is the same, and so are their adapters."""
-    for kind, figures in (("train", ("loss", "grad_norm", "learning_rate")), ("dev", ("loss", "overall"))):
-        lines, others = lines_of(one, kind), lines_of(other, kind)
-        assert [line["step"] for line in lines] == [line["step"] for line in others]
-        for line, its in zip(lines, others, strict=True):
-            for name in figures:
-                assert math.isclose(line[name], its[name], rel_tol=TOLERANCE, abs_tol=TOLERANCE), (line, its)
-            assert line["task_losses"] == pytest.approx(its["task_losses"], rel=TOLERANCE)
-    assert one.read_samples() == other.read_samples()
-    assert furthest(one, other) < 20 * TOLERANCE
 
 
 def test_rows_are_shared_by_tokens_and_none_is_lost() -> None:
@@ -106,7 +84,7 @@ def test_only_what_a_launcher_says_makes_a_process_one_of_several() -> None:
         ({"WORLD_SIZE": "4"}, "RANK and LOCAL_RANK and MASTER_ADDR are not set"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "started by mpirun"),
         ({**LAUNCHED, "ACCELERATE_MIXED_PRECISION": "bf16"}, "say model.dtype"),
-        ({**LAUNCHED, "ACCELERATE_USE_FSDP": "true"}, "holds the whole model"),
+        ({**LAUNCHED, "ACCELERATE_USE_FSDP": "true"}, "say train.shard=fsdp"),
     ],
 )
 def test_a_launch_that_would_be_misunderstood_is_refused(environ: dict[str, str], told: str) -> None:
@@ -216,29 +194,3 @@ def test_a_restart_does_not_go_on_with_a_run_of_another_launch(long: Path) -> No
     said, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode != 0
     assert said.count("already holds a run") == 2  # once for each start, not once for each process
-
-
-def wait_for_step(run: RunFolder, step: int, process: subprocess.Popen[str]) -> None:
-    """Until `run` has logged `step`."""
-    until = time.monotonic() + PATIENCE_SECONDS
-    while not any(line["step"] >= step for line in lines_of(run, "train")):
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.01)
-
-
-def kill(process: subprocess.Popen[str], rank: int) -> int:
-    """SIGKILL the process number `rank` of those that `process`, a torchrun, started, once there is one; its pid."""
-    until = time.monotonic() + PATIENCE_SECONDS
-    while not (living := list(ranked(process.pid, rank))):
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    os.kill(living[0], signal.SIGKILL)
-    return living[0]
-
-
-def ranked(launcher: int, rank: int) -> Iterator[int]:
-    """The living processes number `rank` that `launcher` started."""
-    for child in psutil.Process(launcher).children():
-        with contextlib.suppress(psutil.Error):  # one that has ended meanwhile has no environment
-            if child.status() != psutil.STATUS_ZOMBIE and child.environ().get("RANK") == str(rank):
-                yield child.pid

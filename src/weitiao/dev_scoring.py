@@ -22,6 +22,7 @@ from .recipe import Recipe
 from .runs import Sample
 from .train.ranks import ALONE, Ranks
 from .train.scoring import OnEval, Scoring
+from .train.sharding import in_company
 
 _SAMPLES_PER_TASK = 3
 """Enough to see what changes from scoring to scoring; the report of an evaluation shows all rows."""
@@ -64,7 +65,8 @@ def make_on_eval(
             constrain=recipe.generate.constrain,
         )
         own = range(ranks.rank, len(records), ranks.size)
-        answered = answerer.answer([records[place] for place in own], [tasks[place] for place in own])
+        with in_company(model, ranks):
+            answered = list(answerer.answer([records[place] for place in own], [tasks[place] for place in own]))
         gathered = ranks.gather([replace(reply, index=own[reply.index]) for reply in answered])
         return ranks.by_first(lambda: score([reply for replies in gathered for reply in replies]))
 

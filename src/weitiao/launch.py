@@ -20,8 +20,8 @@ _NOT_TAKEN = {
     "ACCELERATE_MIXED_PRECISION": ("no", "say model.dtype in the recipe"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "say train.compile in the recipe"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "train.tokens_per_pass in the recipe cuts steps into passes"),
-    "ACCELERATE_USE_FSDP": ("false", "every process holds the whole model"),
-    "ACCELERATE_USE_DEEPSPEED": ("false", "every process holds the whole model"),
+    "ACCELERATE_USE_FSDP": ("false", "say train.shard=fsdp in the recipe"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "say train.shard=fsdp in the recipe, which does what ZeRO-3 does"),
 }
 """What accelerate's own settings may say, by the value that asks for nothing, and what to do instead."""
 

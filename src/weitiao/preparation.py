@@ -90,10 +90,10 @@ class Prepared:
         return self.dataset.dev_tasks[self.dev_rows.kept[place]]
 
 
-def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None) -> Prepared:
+def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None, device: str | None = None) -> Prepared:
     """Everything that training starts from; `console` is told of the tasks and of rows dropped or shortened.
 
-    `dataset` is the recipe's, where it was read already.
+    `dataset` is the recipe's, where it was read already; `device` is where the model is opened, by default the GPU.
 
     Raises:
         DataError, ModelError, RecipeError, RunError: the recipe cannot be trained.
@@ -108,7 +108,7 @@ def prepare(recipe: Recipe, *, console: Console, dataset: Dataset | None = None)
         form = next(task.form for task in dataset.tasks if task.name == name)
         console.print(f"task {name}: {num_train} train, {num_dev} dev rows; {form.describe()}", soft_wrap=True)
     model = recipe.model
-    opened = open_model(model.path, dtype=model.dtype, quantize=model.quantize, must_speak=True)
+    opened = open_model(model.path, dtype=model.dtype, quantize=model.quantize, must_speak=True, device=device)
     for note in opened.notes:
         console.print(f"note: {note}", soft_wrap=True)
     rows_fingerprint, neighbours = dataset.fingerprint, None

@@ -37,10 +37,11 @@ from .train.loop import Outcome, train
 from .train.ranks import Ranks, joined
 from .train.resuming import LATEST, named_checkpoint
 from .train.scoring import OnScore
+from .train.sharding import spreads
 from .train.switches import require_switches
 
 _VOLATILE = {
-    "train": ("log_every", "keep_checkpoints", "save_every", "save_minutes", "price_per_hour", "currency"),
+    "train": ("shard", "log_every", "keep_checkpoints", "save_every", "save_minutes", "price_per_hour", "currency"),
     "generate": ("batch_rows",),
     "evaluate": ("base", "shots", "unconstrained", "resamples", "metrics"),
 }
@@ -133,7 +134,15 @@ def _tune(
             f"step: {idle} of them have none.",
             soft_wrap=True,
         )
-    prepared = prepare(recipe, console=console, dataset=dataset)
+    if recipe.train.shard != "none" and ranks.size == 1:
+        console.print(
+            "note: train.shard spreads the weights over several processes; this one, alone, holds them all. Start "
+            "several with torchrun (docs/many-processes.md).",
+            soft_wrap=True,
+        )
+    # a model that is to be spread may not fit onto one GPU: each process takes its part of it from there
+    device = "cpu" if spreads(recipe.train, ranks) else None
+    prepared = prepare(recipe, console=console, dataset=dataset, device=device)
     dataset, opened = prepared.dataset, prepared.opened
     reading = describe_sources([(source.path, read_options(source, recipe.data)) for source in recipe.data.train])
     metrics = load_metrics(recipe.evaluate.metrics)
@@ -155,7 +164,8 @@ def _tune(
     if ranks.is_first:
         RunFolder.create(run.path, resume=bool(wanted))
         require_same(run, _depends_on(recipe, dataset, opened))
-    with following(recipe, run, resume=bool(wanted), say=partial(console.print, soft_wrap=True)) as followers:
+    say = partial(console.print, soft_wrap=True)
+    with following(recipe, run, resume=bool(wanted), say=say) as followers, ranks.noticing_loss():
         if ranks.is_first:
             _describe_run(recipe, prepared, run, metrics, ranks)
         outcome = train(

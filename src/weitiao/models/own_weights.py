@@ -12,7 +12,7 @@ was scored, and what use computes with. It is a folder of two files, and the bas
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,12 +116,16 @@ def casting_once() -> Iterator[None]:
         yield
 
 
-def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write the changed weights of `model` into `folder`, which exists, in the dtype that the model computes in."""
+def save_weights(model: PreTrainedModel, folder: Path, whole: Mapping[str, Tensor] | None = None) -> None:
+    """Write the changed weights of `model` into `folder`, which exists, in the dtype that the model computes in.
+
+    `whole` are their values, where the model has them spread over processes.
+    """
     changed = changed_weights_of(model)
     if changed is None or not changed.on:
         raise ModelError("The model's weights are those of its base model, so there are none to be written.")
-    tensors = {name: _current(model, name).detach().cpu().contiguous() for name in changed.names}
+    values = whole or {name: _current(model, name).detach() for name in changed.names}
+    tensors = {name: values[name].cpu().contiguous() for name in changed.names}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = {
         "peft_type": _PEFT_TYPE,

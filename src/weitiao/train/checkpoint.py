@@ -28,6 +28,9 @@ from torch import nn
 from ..errors import ResumeError, RunError
 from ..runs import RunFolder, write_folder, write_json
 from .manifest import MANIFEST, damage_in, link_files, write_checked_folder
+from .ranks import ALONE, Ranks
+from .sharding import learns_spread
+from .spread_states import load_spread, parts_of, without_parts, write_parts
 
 _STATE, _WEIGHTS, _OPTIMISER, _BEST = "state.json", "weights.safetensors", "optimiser.pt", "best"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -70,28 +73,38 @@ def save_checkpoint(
     *,
     keep: int,
     overtaken: Collection[Path] = (),
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write ``checkpoints/step-NNNNNN`` whole or not at all; returns it.
 
     Then the oldest beyond `keep` are removed, and those `overtaken`, which training has gone back behind.
+
+    Called by the first process alone, but by all `ranks` where weights that learn are spread over them: each writes its
+    part.
     """
+    path, parts = run.checkpoints / f"step-{progress.step:06}", parts_of(model, optimiser)
+    if not ranks.is_first:
+        write_parts(ranks.by_first(Path), parts)
+        return path
 
     def fill(folder: Path) -> None:
-        weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-        with rust_os_errors():
-            save_file(weights, folder / _WEIGHTS)
+        if parts:
+            write_parts(ranks.by_first(lambda: folder), parts)
+        else:
+            weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+            with rust_os_errors():
+                save_file(weights, folder / _WEIGHTS)
         rng = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             rng["cuda"] = torch.cuda.get_rng_state()
         states = io.BytesIO()  # into a file, torch would hide that the disk is full
-        torch.save({"optimiser": optimiser.state_dict(), "scheduler": scheduler.state_dict(), "rng": rng}, states)
+        torch.save({"optimiser": without_parts(optimiser), "scheduler": scheduler.state_dict(), "rng": rng}, states)
         (folder / _OPTIMISER).write_bytes(states.getbuffer())
         write_json(folder / _STATE, asdict(progress))
         if progress.best_score is not None:
             (folder / _BEST).mkdir()
             link_files(run.best, folder / _BEST)
 
-    path = run.checkpoints / f"step-{progress.step:06}"
     write_checked_folder(path, fill)
     there = list_checkpoints(run)
     kept = [one for one in there if one == path or one not in overtaken][-keep:]
@@ -152,22 +165,28 @@ def load_checkpoint(
 ) -> Progress:
     """Put model, optimiser, schedule and random number generators into the state saved in `path`.
 
+    Where several processes train together, all call it, with any number of those that saved it.
+
     Raises:
         RunError: the checkpoint cannot be read.
     """
+    in_parts = learns_spread(model) or not (path / _WEIGHTS).exists()
     try:
-        weights = load_file(path / _WEIGHTS)
+        weights = {} if in_parts else load_file(path / _WEIGHTS)
         states = torch.load(path / _OPTIMISER, map_location="cpu", weights_only=True)
     except (OSError, EOFError, SafetensorError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise RunError(
             f"The checkpoint {path} cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]}), "
             f"though its files are what was written. Delete it to resume from the one before."
         ) from None
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(weights[name])
-    optimiser.load_state_dict(states["optimiser"])
+    if in_parts:
+        load_spread(path, model, optimiser, states["optimiser"])
+    else:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(weights[name])
+        optimiser.load_state_dict(states["optimiser"])
     scheduler.load_state_dict(states["scheduler"])
     torch.set_rng_state(states["rng"]["cpu"])
     if "cuda" in states["rng"] and torch.cuda.is_available():

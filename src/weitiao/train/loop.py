@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from peft import PeftModel
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.order import num_steps, step_rows
@@ -46,6 +47,7 @@ from .progress import Follower, TrainingDisplay
 from .ranks import ALONE, Ranks
 from .resuming import LATEST, checkpoint_to_go_on_from
 from .scoring import OnEval, OnScore, draw, save_best, score_dev_rows
+from .sharding import check_order, is_spread, learns_spread, whole_weights
 from .shared_prompts import PromptSharing, groups_of
 from .step import Setup, StepResult, seed_dropout, set_up, step_batches, sum_losses, take_step
 from .switches import notes_on_switches
@@ -125,9 +127,13 @@ def train(
     device = setup.accelerator.device
     for note in notes_on_switches(settings, lengths_of(examples).tolist(), device):
         console.print(f"note: {note}", soft_wrap=True)
-    check_head(trained, make_probe(examples, row_prefix=trained.row_prefix).to(device))
+    probe = make_probe(examples, row_prefix=trained.row_prefix).to(device)
+    check_head(trained, probe)
+    if is_spread(trained):
+        check_order(trained, base, probe)
 
-    progress = Progress(step=0, compiled=ranks.by_first(lambda: will_compile(settings, plan.seconds)))
+    compiles = not is_spread(trained) and ranks.by_first(lambda: will_compile(settings, plan.seconds))
+    progress = Progress(step=0, compiled=compiles)
     say = partial(console.print, soft_wrap=True)
     if checkpoint := ranks.by_first(lambda: checkpoint_to_go_on_from(run, resume_from, say)):
         progress = _load(run, checkpoint, setup, say)
@@ -192,10 +198,9 @@ def train(
 
     def save() -> None:
         dog.enter("saving", step=progress.step)
-        if ranks.is_first:
-            save_checkpoint(
-                run, trained, optimiser, scheduler, progress, keep=settings.keep_checkpoints, overtaken=overtaken
-            )
+        if ranks.is_first or learns_spread(trained):
+            write = partial(save_checkpoint, keep=settings.keep_checkpoints, overtaken=overtaken, ranks=ranks)
+            write(run, trained, optimiser, scheduler, progress)
         overtaken.clear()
 
     with display, Watchdog(display.say) as dog, stops, stops.deferring():
@@ -269,9 +274,10 @@ def train(
                 break
             if asked and (progress.unscored or not last):
                 return _outcome(progress, plan.steps, finished=False)
+    whole = None if progress.best_score is not None else whole_weights(base, ranks)
     if ranks.is_first:
         with weights_in_use(optimiser, settings):
-            _keep_best(run, model, progress)
+            _keep_best(run, model, progress, whole)
         draw(run, display, progress)
     return _outcome(progress, plan.steps, finished=True)
 
@@ -331,8 +337,10 @@ def _is_due(rhythm: int | str, step: int, *, ends_epoch: bool, last: bool) -> bo
     return last or (ends_epoch if rhythm == "epoch" else step % int(rhythm) == 0)
 
 
-def _keep_best(run: RunFolder, model: PreTrainedModel | PeftModel, progress: Progress) -> None:
-    """Put the best adapter (the last one when nothing was scored) into ``run.adapter``.
+def _keep_best(
+    run: RunFolder, model: PreTrainedModel | PeftModel, progress: Progress, whole: Mapping[str, Tensor] | None
+) -> None:
+    """Put the best adapter (the last one when nothing was scored) into ``run.adapter``; `whole` as in `save_best`.
 
     Raises:
         RunError: the best one is not what was written.
@@ -345,7 +353,7 @@ def _keep_best(run: RunFolder, model: PreTrainedModel | PeftModel, progress: Pro
 
     def fill(folder: Path) -> None:
         if progress.best_score is None:
-            save_best(model, folder)
+            save_best(model, folder, whole)
             return
         for file in run.best.iterdir():
             if file.name != MANIFEST:

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import LostProcessError, RunError, WeitiaoError
 from ..launch import Launch
+from ..models.sources import first_line
 from ..stopping import Stopped
 
 T = TypeVar("T")
@@ -130,6 +131,19 @@ class Ranks:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return signal.Signals(int(number)).name if int(number) else ""
 
+    @contextmanager
+    def noticing_loss(self) -> Iterator[None]:
+        """Turn what torch raises when another process ends in the middle of a pass into a LostProcessError.
+
+        The layers of a model that is spread over processes are put together by messages that are not sent from here.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not (_is_of_messages(error) or _ended_here(self)):
+                raise
+            raise LostProcessError(_describe_loss(self, first_line(error))) from None
+
     def require_same(self, values: Mapping[str, str]) -> None:
         """Raise RunError when a process has another text under one of the names in `values` than the first has."""
         all_values = self.gather(dict(values))
@@ -217,7 +231,11 @@ def _talking(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostProcessError(_describe_loss(ranks, str(error).partition("\n")[0])) from None
+        raise LostProcessError(_describe_loss(ranks, first_line(error))) from None
+
+
+def _is_of_messages(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ProcessGroup"))
 
 
 def _describe_loss(ranks: Ranks, seen: str) -> str:

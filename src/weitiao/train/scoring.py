@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..models.adapters import save_adapter
+from ..models.adapters import base_model, save_adapter
+from ..models.own_weights import save_weights
 from ..recipe import Train
 from ..render.base import Example
 from ..runs import RunFolder, Sample
@@ -23,6 +25,7 @@ from .manifest import write_checked_folder
 from .model import TrainedModel
 from .progress import TrainingDisplay, draw_curve, format_seconds
 from .ranks import ALONE, Ranks
+from .sharding import whole_weights
 from .step import Setup, step_batches
 from .task_losses import TaskSums, add_sums, mean_by_task, sum_by_row, sum_by_task
 
@@ -76,8 +79,9 @@ def score_dev_rows(
     progress = replace(progress, last_score=scoring.overall, unscored=False)
     better = progress.best_score is None or scoring.overall > progress.best_score
     if better:
+        whole = whole_weights(base_model(model), ranks)
         if ranks.is_first:
-            write_checked_folder(run.best, lambda folder: save_best(model, folder))
+            write_checked_folder(run.best, lambda folder: save_best(model, folder, whole))
         progress = replace(progress, best_score=scoring.overall, best_step=progress.step, scorings_since_best=0)
     else:
         progress = replace(progress, scorings_since_best=progress.scorings_since_best + 1)
@@ -123,10 +127,13 @@ def dev_loss(
     return total / count, mean_by_task(sums)
 
 
-def save_best(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """Write the adapter on `model` into `folder`."""
+def save_best(model: PreTrainedModel | PeftModel, folder: Path, whole: Mapping[str, Tensor] | None = None) -> None:
+    """Write the adapter on `model` into `folder`; `whole` are weights that learn, where they are spread in `model`."""
     with rust_os_errors():
-        save_adapter(model, folder)
+        if whole is None:
+            save_adapter(model, folder)
+        else:
+            save_weights(base_model(model), folder, whole)
 
 
 def draw(run: RunFolder, display: TrainingDisplay, progress: Progress) -> None:

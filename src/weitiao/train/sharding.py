@@ -34,9 +34,7 @@ def spreads(settings: Train, ranks: Ranks) -> bool:
     return settings.shard == "fsdp" and ranks.size > 1
 
 
-def shard_model(
-    root: nn.Module, model: PreTrainedModel, settings: Train, ranks: Ranks, device: torch.device
-) -> None:
+def shard_model(root: nn.Module, model: PreTrainedModel, settings: Train, ranks: Ranks, device: torch.device) -> None:
     """Spread the weights of `model` over `ranks`, onto `device`, layer by layer; parameters become `DTensor`s.
 
     Args:
@@ -86,7 +84,8 @@ def shard_model(
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers of `model`, in the order in which it computes them."""
     names = set(model._no_split_modules or ())
-    return [module for module in model.get_decoder().modules() if type(module).__name__ in names]
+    spread = {f"FSDP{name}" for name in names}  # how torch calls the class of what is spread
+    return [module for module in model.get_decoder().modules() if type(module).__name__ in names | spread]
 
 
 def check_order(root: nn.Module, model: PreTrainedModel, batch: object) -> None:
@@ -95,7 +94,7 @@ def check_order(root: nn.Module, model: PreTrainedModel, batch: object) -> None:
     Raises:
         ModelError: they are not.
     """
-    layers, seen = _spread_layers(model), []
+    layers, seen = layers_of(model), list[int]()
     hooks = [
         layer.register_forward_pre_hook(lambda _module, _inputs, number=number: seen.append(number))
         for number, layer in enumerate(layers)
@@ -183,7 +182,7 @@ def whole_weights(model: PreTrainedModel, ranks: Ranks) -> dict[str, Tensor] | N
     for name in changed.names:
         parameter = own[name]
         assert isinstance(parameter, DTensor)
-        tensor = parameter.detach().full_tensor()
+        tensor = parameter.full_tensor().detach()
         if ranks.is_first:
             found[name] = tensor.to(dtype).cpu()
     return found

@@ -67,7 +67,7 @@ class Setup:
 def set_up(model: PreTrainedModel | PeftModel, settings: Train, *, steps: int, ranks: Ranks = ALONE) -> Setup:
     """The trainable parameters of `model` with their optimiser and a schedule of `steps` steps.
 
-    In all of `ranks` they have the values of the first. With ``shard: fsdp`` `model` is spread over these, and may be on
+    In all of `ranks` they have the values of the first. With ``shard: fsdp`` `model` is spread over these; it may be on
     the CPU until then.
 
     Raises:
