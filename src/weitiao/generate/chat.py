@@ -76,7 +76,7 @@ def reply_all(
         max_rows=max_rows,
     )
     held = [grammar is not None for grammar in grammars] if grammars is not None else [False] * len(prompts)
-    return (_read(done, renderer, offers[done.index], held=held[done.index]) for done in generations)
+    return (reply_of(done, renderer, offers[done.index], held=held[done.index]) for done in generations)
 
 
 def _compile(
@@ -92,21 +92,23 @@ def _compile(
     return [None if grammar is None else compiled[grammar, before] for grammar, before in asked]
 
 
-def _read(done: Generation, renderer: Renderer, tools: Tools, *, held: bool) -> Reply:
+def answer_text(token_ids: Sequence[int], renderer: Renderer, tools: Tools = (), *, stopped: bool, held: bool) -> str:
+    """The text of an answer that was not refused; `stopped`: a stop token ended it, `held`: it had a constraint."""
+    if held:  # the grammar made it end in what the chat format writes before the stop token, in whatever tokens
+        return renderer.read_answer(token_ids, tools).removesuffix(end_text(renderer))
+    # with its stop token, so that what the chat format writes before that one is known for what it is
+    return renderer.read_answer((*token_ids, *(renderer.stop_ids[:1] if stopped else ())), tools)
+
+
+def reply_of(done: Generation, renderer: Renderer, tools: Tools = (), *, held: bool) -> Reply:
     """The reply of a finished generation; `held` says whether by a grammar."""
-    stop = renderer.stop_ids[:1] if done.finish == "stop" else ()
-    refused = done.finish == "refused"
-    if refused:
-        text = ""
-    elif held:  # the grammar made it end in what the chat format writes before the stop token, in whatever tokens
-        text = renderer.read_answer(done.token_ids, tools).removesuffix(end_text(renderer))
-    else:  # with its stop token, so that what the chat format writes before that one is known for what it is
-        text = renderer.read_answer((*done.token_ids, *stop), tools)
+    stopped, refused = done.finish == "stop", done.finish == "refused"
+    text = "" if refused else answer_text(done.token_ids, renderer, tools, stopped=stopped, held=held)
     tokens: list[tuple[int, int, float]] = []
     if not refused:
         spans = token_spans(renderer, done.token_ids, text, tools)
         tokens = [(*span, logprob) for span, logprob in zip(spans, done.token_logprobs)]
-        tokens += [(len(text), len(text), done.stop_logprob)] if stop else []
+        tokens += [(len(text), len(text), done.stop_logprob)] if stopped else []
     return Reply(
         index=done.index,
         text=text,
