@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ TOLERANCE = 1e-5
 """Of losses in float32: sums come in another order."""
 
 
-def write_recipe(folder: Path, model: Path, *, rows: int = 24, **train: Any) -> Path:
+def write_recipe(
+    folder: Path, model: Path, *, rows: int = 24, method: Mapping[str, Any] | None = None, **train: Any
+) -> Path:
     """`folder` with rows of different lengths, five dev rows and recipe.yaml, in float32 and without dropout."""
     for file, first, last in (("rows.jsonl", 0, rows), ("dev.jsonl", rows, rows + 5)):
         with (folder / file).open("w", encoding="utf-8") as stream:
@@ -46,7 +48,7 @@ def write_recipe(folder: Path, model: Path, *, rows: int = 24, **train: Any) -> 
         "name": "whole",
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": "rows.jsonl", "dev": "dev.jsonl"},
-        "method": {"dropout": 0.0},
+        "method": method or {"dropout": 0.0},
         "train": settings,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
