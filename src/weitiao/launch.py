@@ -14,6 +14,9 @@ import psutil
 
 from .errors import RunError
 
+OWN_LAUNCH = "WEITIAO_LAUNCH"
+"""What names the launch where `weitiao train --ray` started the processes."""
+
 _OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _NOT_TAKEN = {
@@ -89,7 +92,9 @@ def require_alone(verb: str) -> None:
 
 
 def _key(environ: Mapping[str, str]) -> str:
-    """Of one machine the launcher's own process; of several, the name that their launch was given."""
+    """What our own launcher says; else of one machine the launcher's process, of several the name of their launch."""
+    if own := environ.get(OWN_LAUNCH):
+        return own
     if environ.get("GROUP_WORLD_SIZE", "1") == "1":
         launcher = psutil.Process(os.getppid())
         return f"{platform.node()}/{launcher.pid}/{launcher.create_time():.0f}"

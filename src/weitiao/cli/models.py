@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
 from ..errors import RecipeError
-from ..launch import read_launch
 from ..stopping import Stopped, StopSignals
 from .base import (
     BaseModel,
@@ -32,12 +30,11 @@ from .base import (
     reporting_errors,
     said_of,
 )
-from .spread import Address, GpusPerWorker, Ray, Workers, require_with_ray
-from .unattended import outliving_terminal
+from .spread import Address, GpusPerWorker, Ray, Spread, Workers, require_with_ray
+from .training import own_console, train_recipe
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation
-    from ..train.ranks import Ranks
 
 
 class ResumableCommand(TyperCommand):
@@ -78,63 +75,28 @@ def train(
             "in a folder. auto: go on where the run has begun, else begin it.",
         ),
     ] = None,
+    ray: Ray = False,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    address: Address = None,
 ) -> None:
     """Tune the model; the result goes to runs/NAME. Ctrl-C saves and leaves, twice leaves at once.
 
     SIGTERM and SIGUSR1 do the same, and the code to exit with is 75: run again with --resume, the training goes on.
     """
-    with reporting_errors(), StopSignals(partial(_console().print, soft_wrap=True)) as stops:
+    with reporting_errors(), StopSignals(partial(own_console().print, soft_wrap=True)) as stops:
+        require_with_ray(ray, workers=workers, gpus_per_worker=gpus_per_worker, address=address)
+        spread = Spread(workers=workers, gpus_per_worker=gpus_per_worker, address=address) if ray else None
         try:
-            _train(recipe, overrides or [], resume, stops)
+            train_recipe(recipe, overrides or [], resume, stops, spread)
         except Stopped as stopped:
             from ..recipe import load_recipe
             from ..runs import RunFolder
 
             begun = RunFolder(Path("runs") / load_recipe(recipe, overrides or ()).name).recipe.exists()
             words = ["weitiao", "train", str(recipe), *(overrides or ()), *(["--resume"] if begun else [])]
+            words += spread.words() if spread is not None else []
             raise Stopped(stopped.signal_name, go_on=shlex.join(words)) from None
-
-
-def _console() -> Console:
-    """Where this process tells of a training: nowhere when it is one of several and not the first."""
-    launch = read_launch()
-    return err if launch is None or launch.rank == 0 else Console(quiet=True)
-
-
-def _train(recipe: Path, overrides: list[str], resume: str | None, stops: StopSignals) -> None:
-    if (launch := read_launch()) is not None:
-        from ..train.ranks import joined  # first of all, so that what ends one process is told once and ends all
-
-        with joined(launch) as ranks:
-            return _train_here(recipe, overrides, resume, stops, ranks)
-    return _train_here(recipe, overrides, resume, stops)
-
-
-def _train_here(
-    recipe: Path, overrides: list[str], resume: str | None, stops: StopSignals, ranks: Ranks | None = None
-) -> None:
-    from ..recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
-    with outliving_terminal(Path("runs") / loaded.name / "output.txt"):
-        from ..dataset import load_dataset
-
-        dataset = load_dataset(loaded)  # problems of the data show before torch takes its seconds to load
-        from ..check.examine import check_recipe
-        from ..check.terminal import print_briefly
-
-        if ranks is None or ranks.is_first:
-            print_briefly(check_recipe(loaded, str(recipe)), err)
-        from ..tune import tune_model
-
-        tune_model(
-            loaded,
-            resume=False if resume is None else resume,
-            console=_console(),
-            dataset=dataset,
-            stops=stops,
-            ranks=ranks,
-        )
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -23,6 +24,23 @@ Address = Annotated[
         "else this machine alone."
     ),
 ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """How work is spread over a Ray cluster; None: as it is by default."""
+
+    workers: int | None
+    gpus_per_worker: float | None
+    address: str | None
+
+    def words(self) -> list[str]:
+        """The words that say so on the command line."""
+        said = {"workers": self.workers, "gpus-per-worker": self.gpus_per_worker, "address": self.address}
+        return [
+            "--ray",
+            *(word for key, value in said.items() if value is not None for word in (f"--{key}", str(value))),
+        ]
 
 
 def require_with_ray(ray: bool, **options: object) -> None:

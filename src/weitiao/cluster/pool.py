@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import DataError, Problem, RunError
 from .answering import Assignment, Outcome, ShardWorker
 from .session import Share
-from .shards import Manifest, Shard
+from .shards import RAY_SAID, Manifest, Shard
 
 MAX_DEATHS = 3
 """A shard that so many workers died of is given up."""
@@ -98,8 +98,8 @@ def answer_shards(
     if unanswered:
         raise RunError(
             f"{MAX_DEATHS} workers died over each of these: {', '.join(map(str, unanswered))}. Look for the reason in "
-            f"/tmp/ray/session_latest/logs on their machines; often memory is short, then ask for fewer workers or set "
-            f"generate.batch_rows lower. The other answers are kept: the same command goes on."
+            f"{assignment.parts.folder / RAY_SAID} and in /tmp/ray/session_latest/logs on their machines; often memory "
+            f"is short, then ask for fewer workers. The other answers are kept: the same command goes on."
         )
 
 

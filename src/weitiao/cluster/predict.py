@@ -23,7 +23,7 @@ from ..tasks.base import Task
 from .answering import Assignment, answering_key
 from .pool import answer_shards
 from .session import joined_cluster, machines_of, require_ray, share_machines
-from .shards import LaidAside, Manifest, Parts, Shard, find_damage, join, lay_aside
+from .shards import RAY_SAID, LaidAside, Manifest, Parts, Shard, find_damage, join, lay_aside
 
 ROWS_PER_SHARD = 1000
 
@@ -116,7 +116,10 @@ def _answer_missing(
         console.print(f"{there} of {laid.rows} rows are answered already; going on with the others.", soft_wrap=True)
     if not damage:
         return
-    with joined_cluster(address, workers=workers) as ray, _Progress(laid, damage.keys(), console) as progress:
+    with (
+        joined_cluster(address, workers=workers, said=parts.folder / RAY_SAID) as ray,
+        _Progress(laid, damage.keys(), console) as progress,
+    ):
         share = share_machines(machines_of(ray), workers=workers, gpus_per_worker=gpus_per_worker)
         todo = [by_number[number] for number in damage]
         for number in damage:
@@ -163,7 +166,12 @@ class _Progress:
         self.done = sum(shard.rows for shard in laid.shards if shard.number not in missing)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self._bar = Progress(
-            *columns, _RowsPerSecond(), TimeRemainingColumn(), console=console, speed_estimate_period=600
+            *columns,
+            _RowsPerSecond(),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=600,
+            redirect_stdout=False,  # which would show what joined_cluster put aside
         )
         self._task = self._bar.add_task("predicting", total=laid.rows, completed=self.done)
 

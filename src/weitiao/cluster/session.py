@@ -1,6 +1,6 @@
 """Ray begun on this machine, or a Ray cluster joined; what its machines have to give.
 
-Ray says nothing on the screen but when a process of its own dies, and sends nothing to its makers.
+Ray says nothing on the screen, and sends nothing to its makers.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
@@ -24,7 +25,6 @@ _OBJECT_STORE_BYTES = 100 << 20
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do in time; until then it warns
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # recipes name files relative to where the command was given
 }
 
@@ -54,13 +54,16 @@ def require_ray() -> None:
 
 
 @contextmanager
-def joined_cluster(address: str | None, *, workers: int | None) -> Iterator[Any]:
+def joined_cluster(address: str | None, *, workers: int | None, said: Path) -> Iterator[Any]:
     """The module `ray`, joined to the cluster at `address`; left at the end.
+
+    What Ray prints meanwhile, such as pages about each process of its own that dies, goes to the file `said`.
 
     Args:
         address: None: RAY_ADDRESS where that is set, as ``ray job submit`` does, else this machine alone, where Ray
             is begun and ended.
         workers: how many are wanted: on this machine alone, Ray is told of so many cores at least.
+        said: where Ray's lines go; they are added to what is there.
 
     Raises:
         RunError: Ray is not installed, or there is no such cluster.
@@ -72,7 +75,7 @@ def joined_cluster(address: str | None, *, workers: int | None) -> Iterator[Any]
     own = address == LOCAL
     if own:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray listens on every interface; now only to who has the token
-    import ray
+    import ray  # only now: it reads these when it is loaded
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     local: dict[str, Any] = {
@@ -80,23 +83,29 @@ def joined_cluster(address: str | None, *, workers: int | None) -> Iterator[Any]
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
+    with said.open("a", encoding="utf-8") as stream, redirect_stdout(stream):
+        _begin(ray, address, local if own else {})
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _begin(ray: Any, address: str, local: dict[str, Any]) -> None:
     try:
         ray.init(
             address=address,
             log_to_driver=False,
             configure_logging=False,
             logging_level=logging.ERROR,
-            **(local if own else {}),
+            **local,
         )
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        where = "begun on this machine" if local else f"joined at {address}"
         raise RunError(
-            f"Ray could not be {'begun on this machine' if own else f'joined at {address}'}: "
-            f"{str(error).strip().splitlines()[0]} Start a cluster with: ray start --head, and give its --address."
+            f"Ray could not be {where}: {str(error).strip().splitlines()[0]} Start a cluster with ray start --head, "
+            f"and give its --address."
         ) from None
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
 def machines_of(ray: Any) -> list[Machine]:

@@ -2,6 +2,7 @@
 
 OUT.parts/
 ├── lock                    held by the process that fills this folder
+├── ray.txt                 what Ray had to say
 ├── rows-00012.jsonl        the rows of shard 12, as they were read
 ├── shard-00012.jsonl       their answers, in the rows' order
 └── shard-00012.json        what `Manifest` says; with it, and only with it, the shard is finished
@@ -40,6 +41,8 @@ from ..tasks.base import Task, assign_task
 
 MAX_SHARD_ROWS = 4096
 """More would not be made ready together, see `evaluate.predict.CHUNK_ROWS`."""
+
+RAY_SAID = "ray.txt"
 
 _NAMED = 5
 """Rows named at most where some are missing or stand twice."""
@@ -179,7 +182,7 @@ class Parts:
 
     def remove_rows(self) -> None:
         """Keep the answers and their manifests alone."""
-        for path in (*self.folder.glob("rows-*.jsonl"), self.folder / "lock"):
+        for path in (*self.folder.glob("rows-*.jsonl"), self.folder / "lock", self.folder / RAY_SAID):
             path.unlink(missing_ok=True)
 
 
