@@ -5,10 +5,10 @@ Libraries that load torch are imported inside the verbs that need them, so that 
 
 from __future__ import annotations
 
-from . import data, models, runs, search  # they add their verbs to the program
+from . import data, models, runs, search, serving  # they add their verbs to the program
 from .base import app
 
-__all__ = ["app", "data", "main", "models", "runs", "search"]
+__all__ = ["app", "data", "main", "models", "runs", "search", "serving"]
 
 
 def main() -> None:

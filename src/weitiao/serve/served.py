@@ -20,9 +20,9 @@ from rich.console import Console
 from ..apply import RunInUse, read_calibration
 from ..data.prompts import split_prompt
 from ..data.record import Record
-from ..errors import DataError, FormError, GrammarError, RenderError
+from ..errors import DataError, FormError, GrammarError, ModelError, RenderError
 from ..evaluate.calibration import RunCalibration
-from ..generate.constraint import Constraint, compiler_of
+from ..generate.constraint import Constraint, ConstraintCompiler, compiler_of
 from ..generate.sampling import Sampling
 from ..messages import Message, ToolCall, write_calls
 from ..models.opening import OpenModel
@@ -141,6 +141,10 @@ class ServedModel:
         notes = tuple(line.removeprefix("note: ") for line in told.getvalue().splitlines())
         return self._ask(prepared, task, grammar, held=grammar is not None, most_tokens=most_tokens, notes=notes)
 
+    def plain_record(self, text: str) -> Record:
+        """A plain text that is to go on, as a row."""
+        return _record([Message(role="user", text=text)], (), None, text, None)
+
     @property
     def _constrains(self) -> bool:
         return self.run is not None and self.run.contract.constrain
@@ -188,7 +192,7 @@ class ServedModel:
         renderer = self.opened.renderer
         try:
             with _COMPILING:
-                compiler = compiler_of(renderer, self.opened.model.config.get_text_config().vocab_size)
+                compiler = self._compiler()
             return compiler.compile(grammar, before=renderer.before_answer(tools))
         except GrammarError as error:
             raise bad_request(str(error), param="response_format") from None
@@ -217,14 +221,29 @@ class ServedModel:
         task = assign_task(record, tasks)
         return record, task if isinstance(task, Task) else None
 
-    def _calls_grammar(self, tools: Tools, name: str | None) -> str:
-        """The grammar of one call or more of `tools`, or of the one called `name`."""
+    def calls_in_tags(self, tools: Tools) -> bool:
+        """Whether the chat format writes calls as `messages.write_calls` does, not in words of its own."""
         renderer = self.opened.renderer
         tried = ToolCall(name=tools[0]["name"], arguments={})
         asked = [Message(role="user", text="?")]
         spelled = renderer.render_reply(asked, Message(role="assistant", text="", calls=(tried,)), tools)
-        plain = renderer.render_reply(asked, Message(role="assistant", text=write_calls("", [tried])), tools)
-        if spelled != plain:
+        return spelled == renderer.render_reply(asked, Message(role="assistant", text=write_calls("", [tried])), tools)
+
+    def spell(self, token: int) -> bytes:
+        """The bytes that a token writes; of a token that is no text, its name."""
+        try:
+            with _COMPILING:
+                spelled = self._compiler().text_bytes([token])
+        except ModelError:  # a vocabulary that cannot be read as bytes
+            spelled = self.opened.renderer.show_tokens([token])[0].encode()
+        return spelled or str(self.opened.tokenizer.convert_ids_to_tokens(token)).encode()
+
+    def _compiler(self) -> ConstraintCompiler:
+        return compiler_of(self.opened.renderer, self.opened.model.config.get_text_config().vocab_size)
+
+    def _calls_grammar(self, tools: Tools, name: str | None) -> str:
+        """The grammar of one call or more of `tools`, or of the one called `name`."""
+        if not self.calls_in_tags(tools):
             raise bad_request(
                 f"{self.name} writes calls in words of its own, to which answers cannot be held yet. Set tool_choice "
                 'to "auto".',

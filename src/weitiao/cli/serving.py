@@ -1,0 +1,151 @@
+"""Verbs that let others use a model: serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .base import BaseModel, app, err, out, reporting_errors
+
+
+@app.command()
+def serve(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=]RUN ...",
+            help="Finished runs on one base model, each served under its name; or one base model, such as starter.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    keys: Annotated[
+        Path | None, typer.Option(help="File of API keys; also WEITIAO_API_KEY in the environment.")
+    ] = None,
+    new_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Make an API key for NAME, add its hash to --keys, and end.")
+    ] = None,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="A web page's origin that may ask (CORS), such as https://example.com.")
+    ] = None,
+    feedback: Annotated[
+        Path | None, typer.Option(help="Keep what users rate right or correct in this JSONL file, as training rows.")
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="An embedding model for /v1/embeddings, such as BAAI/bge-m3.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Most requests that run together.")] = 32,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Most requests that wait; one more is told when to come again.")
+    ] = 256,
+    max_context: Annotated[
+        int | None, typer.Option(min=16, help="Most tokens of prompt and answer; by default what the model takes.")
+    ] = None,
+    cache_tokens: Annotated[
+        int, typer.Option(min=64, help="Most positions of keys and values of all requests together.")
+    ] = 65536,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds that running requests get when the server ends.")] = 30.0,
+    base_model: BaseModel = None,
+    quantize: Annotated[str, typer.Option(help="Of a base model: int8 or int4. Runs say so themselves.")] = "none",
+    verbose: Annotated[
+        bool, typer.Option(help="Log every request: route, status, seconds; never what is said.")
+    ] = False,
+) -> None:
+    """Serve tuned models: an OpenAI-compatible API, typed answers at /v1/tasks, and a page to try them at /.
+
+    Answers are those that evaluation scored: held to the labelled form unless a request says otherwise.
+
+    Any OpenAI client works: base_url http://127.0.0.1:8000/v1 and the run's name as the model.
+    """
+    from ..errors import RunError
+
+    with reporting_errors():
+        if new_key is not None:
+            from ..serve.keys import add_key
+
+            if keys is None:
+                raise RunError("--new-key needs a file for the hash: give --keys FILE.")
+            key = add_key(keys, new_key)
+            err.print(f"The key of {new_key}, shown only now; {keys} holds its hash:", soft_wrap=True)
+            out.print(key)
+            return
+        if not targets:
+            raise RunError("Say what to serve, such as: weitiao serve runs/rows")
+        _serve(
+            targets,
+            host=host,
+            port=port,
+            keys=keys,
+            origins=origin or [],
+            feedback=feedback,
+            embeddings=embeddings,
+            limits={"max_rows": rows, "max_queue": queue, "max_cache_tokens": cache_tokens},
+            max_context=max_context,
+            drain=drain,
+            base_model=base_model,
+            quantize=quantize,
+            verbose=verbose,
+        )
+
+
+def _serve(
+    targets: list[str],
+    *,
+    host: str,
+    port: int,
+    keys: Path | None,
+    origins: list[str],
+    feedback: Path | None,
+    embeddings: str | None,
+    limits: dict[str, int],
+    max_context: int | None,
+    drain: float,
+    base_model: str | None,
+    quantize: str,
+    verbose: bool,
+) -> None:
+    import logging
+    from importlib.util import find_spec
+
+    from ..errors import RunError
+    from ..serve.keys import read_keys
+
+    known = read_keys(keys)
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise RunError(f"Serving needs {', '.join(missing)}, not installed here: pip install 'weitiao[serve]'")
+    from ..serve.app import make_app
+    from ..serve.embeddings import open_embedder
+    from ..serve.limits import Limits
+    from ..serve.listening import is_local, listen
+    from ..serving import open_server
+
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(message)s")
+    server = open_server(
+        targets,
+        base_model=base_model,
+        max_context=max_context,
+        limits=Limits(**limits),
+        feedback=feedback,
+        quantize=quantize,
+    )
+    try:
+        embedder = open_embedder(embeddings) if embeddings is not None else None
+        local = is_local(host)
+        hosts = ("localhost", "127.0.0.1", "::1", "[::1]") if local else ("*",)
+        application = make_app(server, keys=known, origins=origins, hosts=hosts, embedder=embedder, drain_seconds=drain)
+        if not local and not known.needed:
+            err.print(
+                f"note: {host} lets other machines in, and no API key is asked for. Make one with --new-key.",
+                soft_wrap=True,
+            )
+        for model in server.models.values():
+            tasks = ", ".join(task.name for task in model.tasks) or "free conversation"
+            err.print(f"{model.name}: {tasks}", soft_wrap=True)
+        shown = "127.0.0.1" if local else host
+        err.print(f"Serving at http://{shown}:{port} (page) and http://{shown}:{port}/v1 (API). Ctrl-C ends it.")
+        listen(application, server.worker, host=host, port=port, drain_seconds=drain)
+    finally:
+        server.worker.close()
