@@ -21,10 +21,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from .apply import open_run
 from .errors import ModelError, RunError
 from .messages import Message
+from .models.adapters import base_model, without_adapter
 from .models.glm.original_files import copy_companions, save_original
 from .models.opening import DTYPES, OpenModel, open_model
 from .models.own_weights import changed_weights_of
-from .models.packed_layers import unpack_model
+from .models.packed_layers import model_packing, unpack_model
 from .models.prefix_files import export_original_prefix
 from .models.prompt_tuning import prompt_encoder_of
 from .models.ptuning import prefix_encoder_of
@@ -32,11 +33,19 @@ from .models.sources import fingerprint, first_line, read_json
 from .runs import write_folder, write_json
 
 Layout = Literal["native", "original"]
+Onto = Literal["unpacked", "float"]
+"""What an adapter on packed weights is merged onto: the numbers that the packed weights stand for, so that what is
+written computes what the run computes; or the base model's own weights, as they were before they were packed."""
 
 _SHARD_SIZE = "2GB"
 _TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 """How far logits may move by merging: root mean square, in standard deviations of the logits. The sum of two weights is
 rounded to the dtype, float32 keeping 24 bits of it, float16 11, bfloat16 8. Gemma 3 270M moves by 0.019 in bfloat16."""
+
+_ROUNDS_INPUTS = "bnb_int8"
+"""The packing whose layers compute with rounded inputs too, which no float weights do."""
+_TIMES_MOVED = 3
+"""How much more than the base model's own the logits may move where the weights, or the arithmetic, become others."""
 
 _QUESTIONS = (
     "小王上周从北京搬到了上海，在一家书店上班。",
@@ -60,6 +69,9 @@ class Exported:
     difference: float
     """The change of the logits: root mean square, in standard deviations of the logits."""
     tolerance: float
+    moved: float | None
+    """How far the base model's own logits moved, adapter aside, where it became another one by being unpacked: merging
+    onto float weights, or LLM.int8. The tolerance is then made from it."""
     same_choice: float
     """The share of places where the same token is the likeliest."""
     same_prompts: bool
@@ -73,6 +85,7 @@ def export_run(
     layout: Layout = "native",
     dtype: str | None = None,
     base_model: str | None = None,
+    onto: Onto = "unpacked",
     console: Console | None = None,
 ) -> Exported:
     """Write the run at `path` to the folder `out` as a whole model, and prove that it answers as the run.
@@ -84,6 +97,7 @@ def export_run(
             were released. ChatGLM-6B, which transformers has no class for, is written in its original layout always.
         dtype: of the weights; by default that which the run computed in.
         base_model: where the base model lies now, if it was moved.
+        onto: what an adapter on packed weights is merged onto.
         console: where it is said what happens.
 
     Raises:
@@ -107,6 +121,7 @@ def export_run(
             layout=layout,
             dtype=dtype,
             base_model=base_model,
+            onto=onto,
             console=console,
         )
         gc.collect()  # two models at once would not fit
@@ -124,6 +139,7 @@ class _Written:
     layout: Layout
     dtype: str
     tolerance: float
+    moved: float | None
     base: str | None
     """The base model, where what was written is an adapter of it."""
     quantize: str
@@ -141,6 +157,7 @@ def _write(
     layout: Layout,
     dtype: str | None,
     base_model: str | None,
+    onto: Onto,
     console: Console,
 ) -> _Written:
     """Open the run, keep its logits for some rows, merge its adapter, write everything into `folder`."""
@@ -149,6 +166,7 @@ def _write(
         console.print("note: transformers has no class for ChatGLM-6B; it is written in its original layout.")
         layout = "original"
     _require_layout(opened, layout)
+    _require_onto(opened, contract.quantize, onto)
     computed_in = contract.dtype
     dtype = dtype or computed_in
     prompts = _prompts(opened)
@@ -156,9 +174,11 @@ def _write(
         (*prompt, *opened.renderer.render_answer(text)) for prompt, text in zip(prompts, _QUESTIONS, strict=True)
     )
     logits = tuple(_logits(opened.model, rows))
+    moved = None
     whole = isinstance(opened.model, PeftModel) or changed_weights_of(opened.model) is not None
     if whole:
         console.print(f"merging the adapter of {run.path} into {contract.base} …")
+        opened, moved = _unpack(opened, run.adapter, rows, dtype=dtype, onto=onto)
         model = _merge(opened.model, DTYPES[dtype])
         console.print(f"writing the {layout} layout in {dtype} …")
         _write_model(model, opened, folder, layout, console)
@@ -180,7 +200,8 @@ def _write(
     return _Written(
         layout=layout,
         dtype=dtype,
-        tolerance=max(_TOLERANCES[dtype], _TOLERANCES[computed_in]),
+        tolerance=max(_TOLERANCES[dtype], _TOLERANCES[computed_in], _TIMES_MOVED * (moved or 0.0)),
+        moved=moved,
         base=None if whole else base_model or contract.base,
         quantize=contract.quantize,
         rows=rows,
@@ -216,9 +237,48 @@ def _require_layout(opened: OpenModel, layout: Layout) -> None:
         )
 
 
+def _require_onto(opened: OpenModel, quantize: str, onto: Onto) -> None:
+    """Raise ModelError where there are no weights such as `onto` means to merge onto."""
+    quantizer = getattr(base_model(opened.model), "hf_quantizer", None)
+    if quantizer is not None:
+        raise ModelError(
+            f"The base model in {opened.folder} is stored quantised by {quantizer.quantization_config.quant_method}, "
+            f"whose weights cannot be unpacked here, so no adapter can be merged into them. Use the run as it is."
+        )
+    if onto == "float" and quantize == "none":
+        packing = model_packing(opened.model)
+        why = (
+            "is not packed, so float weights are what is merged onto anyway"
+            if packing is None
+            else (f"is stored packed ({packing}), so there are no float weights of it to merge onto")
+        )
+        raise ModelError(f"The base model in {opened.folder} {why}. Leave out --onto float.")
+
+
+def _unpack(
+    opened: OpenModel, adapter: Path, rows: Sequence[Sequence[int]], *, dtype: str, onto: Onto
+) -> tuple[OpenModel, float | None]:
+    """The run's model with float weights, and how far the base model's logits moved where it is another one by that.
+
+    It is another one with the weights that it had before they were packed, and where packed layers rounded their
+    inputs.
+    """
+    packing = model_packing(opened.model)
+    if packing is None:
+        return opened, None
+    is_other = onto == "float" or packing == _ROUNDS_INPUTS
+    before = _base_logits(opened.model, rows) if is_other else None
+    if onto == "float":
+        opened = replace(opened, model=open_model(str(opened.folder), adapter=adapter, dtype=dtype).model)
+    else:
+        unpack_model(opened.model, DTYPES[dtype])
+    if before is None:
+        return opened, None
+    return opened, _difference(_base_logits(opened.model, rows), before)
+
+
 def _merge(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     """The base model with the adapter added to its weights, or with the weights that were tuned, all in `dtype`."""
-    unpack_model(model, dtype)
     if dtype == torch.float32:
         torch.nn.Module.to(model, dtype)  # before, so that the sum is rounded to nothing less
     merged = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
@@ -266,6 +326,17 @@ def _logits(model: PreTrainedModel | PeftModel, rows: Sequence[Sequence[int]]) -
     return [model(torch.tensor([row], device=device)).logits[0].float().cpu() for row in rows]
 
 
+def _base_logits(model: PreTrainedModel | PeftModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """The logits of all rows, one behind the other, with the adapter off."""
+    with without_adapter(model):
+        return torch.cat(_logits(model, rows))
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """Root mean square of what logits differ by, in standard deviations of `theirs`."""
+    return float((ours - theirs).pow(2).mean().sqrt() / theirs.std())
+
+
 def _compare(written: _Written, folder: Path) -> Exported:
     """Open what was written and compare it with the run. Raises ModelError where it computes something else."""
     source = str(folder) if written.base is None else written.base
@@ -273,7 +344,7 @@ def _compare(written: _Written, folder: Path) -> Exported:
     opened = open_model(source, adapter=adapter, dtype=written.dtype, quantize=written.quantize)
     ours = torch.cat(_logits(opened.model, written.rows))
     theirs = torch.cat(written.logits)
-    difference = float((ours - theirs).pow(2).mean().sqrt() / theirs.std())
+    difference = _difference(ours, theirs)
     if not difference <= written.tolerance:
         what = (
             "its logits are no numbers"
@@ -283,7 +354,7 @@ def _compare(written: _Written, folder: Path) -> Exported:
         fix = "Try --dtype float32." if written.dtype != "float32" else "Please report this with the run."
         raise ModelError(
             f"What was written does not compute what the run computes: {what}, and rounding explains "
-            f"{written.tolerance:g}. Nothing was kept. {fix}"
+            f"{written.tolerance:.2g}. Nothing was kept. {fix}"
         )
     return Exported(
         folder=folder,
@@ -293,6 +364,7 @@ def _compare(written: _Written, folder: Path) -> Exported:
         num_tokens=len(theirs),
         difference=difference,
         tolerance=written.tolerance,
+        moved=written.moved,
         same_choice=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
         same_prompts=_prompts(opened) == written.prompts,
     )
