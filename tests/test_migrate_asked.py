@@ -72,8 +72,10 @@ def test_full_fine_tuning_becomes_lora_only_where_the_user_says_so() -> None:
     done = migrate(file, model="THUDM/chatglm3-6b", data=("a.json",), rows=10, method="lora")
     assert done.recipe.method.name == "lora" and done.recipe.method.targets == "all-linear"
     assert any("every weight" in note and "learning_rate" in note for note in done.notes)
-    reasons = {entry.setting: entry.words for entry in done.left}
-    assert reasons["training_args.deepspeed: ds_zero_3.json"] == "weitiao runs on one process so far"
+    carried = {entry.setting: entry for entry in done.carried}
+    assert carried["training_args.deepspeed: ds_zero_3.json"].place == "train.shard"
+    assert "as ZeRO-3 does" in carried["training_args.deepspeed: ds_zero_3.json"].words
+    assert done.recipe.train.shard == "fsdp"
 
 
 def test_full_fine_tuning_stays_what_it_is() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from .ledger import DEFAULT, Ledger, Wishes
 from .methods import choose_method
 from .rows import carry_rows
+from .several_processes import carry_sharding
 from .targets import carry_model, carry_targets, layout_of
 from .training import carry_batch
 
@@ -117,7 +118,6 @@ def _carry_training(ledger: Ledger, *, devices: int) -> None:
     seed = ledger.whole("seed")
     ledger.carry("seed", "train.seed", 1234 if seed is None else seed, "" if seed is not None else DEFAULT)
     ledger.imply("train.row_balance", 0.0, "every learnt token counts the same, as in the original")
-    ledger.leave("ds_file", "weitiao runs on one process so far")
-    ledger.leave("deepspeed", "weitiao runs on one process so far")
-    ledger.needs_no_key("local_rank", "weitiao runs on one process")
+    carry_sharding(ledger, ("ds_file", "deepspeed"))
+    ledger.needs_no_key("local_rank", "torchrun tells it")
     ledger.needs_no_key("output_dir", "a run's folder is runs/NAME, by the recipe's name")

@@ -5,7 +5,8 @@ Names of transformers 4.20 to 5.23; a test compares them with the arguments of t
 
 from __future__ import annotations
 
-_ONE_PROCESS = "weitiao runs on one process so far"
+from .several_processes import STARTED_BY_A_LAUNCHER
+
 _OWN_LOG = "a run's log has one form: metrics.jsonl, curve.png and a line for each log"
 _NO_HUB = "nothing is uploaded"
 
@@ -40,7 +41,7 @@ NEEDLESS = {
     "data_seed": "train.seed draws the order too",
     "logging_nan_inf_filter": "a loss that is no number is always an error",
     "label_names": "what is learnt is the answer",
-    "local_rank": "weitiao runs on one process",
+    "local_rank": "torchrun tells it",
 }
 
 LEFT = {
@@ -52,7 +53,7 @@ LEFT = {
             *("dispatch_batches", "split_batches", "save_on_each_node", "log_on_each_node", "log_level_replica"),
             *("tpu_num_cores", "tpu_metrics_debug", "mp_parameters", "xpu_backend", "include_num_input_tokens_seen"),
         ),
-        _ONE_PROCESS,
+        STARTED_BY_A_LAUNCHER,
     ),
     **dict.fromkeys(
         (

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from .ledger import DEFAULT, Ledger, Wishes
 from .monitors import carry_monitors
 from .rows import carry_steps, carry_warmup
+from .several_processes import carry_sharding
 from .trainer_arguments import LEFT, NEEDLESS
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
@@ -46,6 +47,7 @@ def carry_training_arguments(
         ledger.carry(key("seed"), "train.seed", seed)
     ledger.imply("train.seed", 42, DEFAULT)
     ledger.imply("train.row_balance", 0.0, "every learnt token counts the same, as in the original")
+    carry_sharding(ledger, (key("deepspeed"), key("fsdp")))
     ledger.settle({key(name): why for name, why in NEEDLESS.items()}, needless=True)
     ledger.settle({key(name): why for name, why in LEFT.items()}, needless=False)
 

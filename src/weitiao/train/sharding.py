@@ -12,7 +12,7 @@ and in generation, where nobody knows how many there will be, one that is done k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -89,25 +89,31 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def check_order(root: nn.Module, model: PreTrainedModel, batch: object) -> None:
-    """Prove on one pass that the layers are computed one after the other, each once: `in_company` relies on it.
+    """Prove on one pass that a call of the decoder computes its layers in turn, each once: `in_company` relies on it.
 
     Raises:
-        ModelError: they are not.
+        ModelError: it does not.
     """
-    layers, seen = layers_of(model), list[int]()
-    hooks = [
-        layer.register_forward_pre_hook(lambda _module, _inputs, number=number: seen.append(number))
-        for number, layer in enumerate(layers)
-    ]
+    layers = layers_of(model)
+    calls: list[list[int]] = []  # learnt tokens before the rows take a call of their own
+
+    def begin(_module: nn.Module, _inputs: object) -> None:
+        calls.append([])
+
+    def note(number: int) -> Callable[[nn.Module, object], None]:
+        return lambda _module, _inputs: calls[-1].append(number)
+
+    hooks = [layer.register_forward_pre_hook(note(number)) for number, layer in enumerate(layers)]
+    hooks.append(model.get_decoder().register_forward_pre_hook(begin))
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             root(batch)
     finally:
         for hook in hooks:
             hook.remove()
-    if seen != list(range(len(layers))):
+    if any(seen != list(range(len(layers))) for seen in calls):
         raise ModelError(
-            f"{type(model).__name__} does not compute its layers one after the other ({seen}), so it cannot be spread "
+            f"{type(model).__name__} does not compute its layers one after the other ({calls}), so it cannot be spread "
             f"over processes. Set train.shard: none."
         )
 
