@@ -61,6 +61,7 @@ class Batch:
         self.rows.append(row)
         return None
 
+    @torch.inference_mode()
     def leave(self, row: Row) -> None:
         """Let `row`, which has not ended, go."""
         self._remove(self.rows.index(row))
@@ -88,6 +89,7 @@ class Batch:
             ready = [place for place, row in enumerate(self.rows) if not row.pending]
             return self._choose(ready, torch.cat(parts)[ready]) if ready else []
 
+    @torch.inference_mode()
     def trim(self, *, capacity: int) -> None:
         """Give back cache that the rows do not need any more; `capacity` as in `step`, 0 when there is no row."""
         longest = max((row.num_cached + len(row.pending) for row in self.rows), default=0)

@@ -162,7 +162,7 @@ class SlabCache(Cache):
         columns = slice(self.num_past + start, self.num_past + start + states.shape[3])
         for layer, (keys, values) in zip(self.slabs, states, strict=True):
             if not layer.is_initialized:
-                layer.lazy_initialization(keys, values)
+                layer.lazy_initialization(keys[None], values[None])
             layer.keys[row, :, columns] = keys
             layer.values[row, :, columns] = values
 

@@ -102,7 +102,8 @@ class Chooser:
         if not added:
             return scores
         places = torch.tensor(list(added), device=scores.device)
-        return scores.index_add(0, places, torch.tensor(list(added.values()), device=scores.device))
+        amounts = torch.tensor(list(added.values()), dtype=scores.dtype, device=scores.device)
+        return scores.index_add(0, places, amounts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +175,10 @@ def _draw(scaled: Tensor, sampling: Sampling, point: float, *, min_p: float = 0.
     total = (best if sampling.top_k else scaled).logsumexp(0)
     upto = (best - total).double().exp().cumsum(0)
     least = float(best[0]) + math.log(min_p) if min_p else -math.inf
-    enough = upto[-1] >= (sampling.top_p if sampling.top_p < 1 else point) or (min_p and float(best[-1]) < least)
+    if min_p and (float(best[-1]) < least or sampling.top_p == 1):
+        enough = float(best[-1]) < least
+    else:
+        enough = bool(upto[-1] >= (sampling.top_p if sampling.top_p < 1 else point))
     if not sampling.top_k and not enough:
         best, ids = scaled.sort(descending=True)
         upto = (best - total).double().exp().cumsum(0)
