@@ -1,13 +1,17 @@
-"""Verbs that let others use a model: serve."""
+"""Verbs that let people and programs use a model: serve, chat."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .base import BaseModel, app, err, out, reporting_errors
+
+if TYPE_CHECKING:
+    from ..serve.terminal import TerminalChat
 
 
 @app.command()
@@ -149,3 +153,56 @@ def _serve(
         listen(application, server.worker, host=host, port=port, drain_seconds=drain)
     finally:
         server.worker.close()
+
+
+@app.command()
+def chat(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="A finished run, or a base model such as starter.")],
+    system: Annotated[str, typer.Option(help="The system message, such as the persona that was trained.")] = "",
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="By default as the run was scored.")] = None,
+    base_model: BaseModel = None,
+) -> None:
+    """Talk to a tuned model in the terminal, or ask its tasks about texts. /help says what can be typed."""
+    with reporting_errors():
+        with suppress(ImportError):  # lines can be edited and called up again, except on Windows
+            import readline  # noqa: F401
+        from ..serve.limits import Limits
+        from ..serve.terminal import TerminalChat
+        from ..serving import open_server
+
+        server = open_server([target], base_model=base_model, limits=Limits(max_rows=1))
+        try:
+            model = next(iter(server.models.values()))
+            talk = TerminalChat(server=server, model=model, system=system)
+            if temperature is not None:
+                talk.settings["temperature"] = temperature
+            tasks = ", ".join(task.name for task in model.tasks)
+            err.print(f"{model.name}{f' ({tasks})' if tasks else ''}. /help says what can be typed.", soft_wrap=True)
+            while not talk.over and (line := _read_line()) is not None:
+                _print_reply(talk, line)
+        finally:
+            server.worker.close()
+
+
+def _read_line() -> str | None:
+    """What the user types, over several lines where they end in a backslash; None at the end."""
+    line = ""
+    while True:
+        try:
+            part = input("> " if not line else "… ")
+        except EOFError:
+            return None
+        if not part.endswith("\\"):
+            return line + part
+        line += part[:-1] + "\n"
+
+
+def _print_reply(talk: TerminalChat, line: str) -> None:
+    pieces = talk.say(line)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    finally:
+        pieces.close()
