@@ -41,11 +41,24 @@ from .train.sharding import spreads
 from .train.switches import require_switches
 
 _VOLATILE = {
-    "train": ("shard", "log_every", "keep_checkpoints", "save_every", "save_minutes", "price_per_hour", "currency"),
+    "train": (
+        "shard",
+        "log_every",
+        "keep_checkpoints",
+        "save_every",
+        "save_minutes",
+        "price_per_hour",
+        "currency",
+        "fit_memory",
+        "tokens_per_pass",
+        "gradient_checkpointing",
+        "offload_activations",
+    ),
     "generate": ("batch_rows",),
     "evaluate": ("base", "shots", "unconstrained", "resamples", "metrics"),
 }
-"""Settings that may change between the sittings of one run, because the tuned weights do not depend on them."""
+"""Settings that may change between the sittings of one run, because the tuned weights do not depend on them: on how a
+step is cut into passes, and what these keep, no more than by rounding."""
 
 
 def tune_model(

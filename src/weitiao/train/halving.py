@@ -145,9 +145,15 @@ def fitted_of(recipe: Train, settings: Train) -> dict[str, Any]:
     return {key: getattr(settings, key) for key in keys if getattr(settings, key) != getattr(recipe, key)}
 
 
-def stricter(checkpointing: bool | str) -> tuple[bool | str, ...]:
-    """The values of `train.gradient_checkpointing` that save more memory than `checkpointing`, the least first."""
-    return _STRICTNESS[_STRICTNESS.index(checkpointing) + 1 :]
+def strictness(settings: Train) -> int:
+    """How much memory `settings` save by computing layers once more, as a number to compare."""
+    return _STRICTNESS.index(settings.gradient_checkpointing)
+
+
+def stricter(settings: Train) -> list[Train]:
+    """`settings`, and those that save more memory by computing layers once more, the least first."""
+    modes = _STRICTNESS[strictness(settings) :]
+    return [settings.model_copy(update={"gradient_checkpointing": mode}) for mode in modes]
 
 
 def _random_states(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -28,6 +28,7 @@ from ..render.base import Example
 from ..render.example_store import lengths_of
 from ..runs import RunFolder, write_folder
 from ..stopping import Stopped, StopSignals
+from .activations import checkpoint_layers
 from .batches import Batch, make_probe
 from .checkpoint import (
     Progress,
@@ -37,6 +38,7 @@ from .checkpoint import (
     save_checkpoint,
     step_of,
 )
+from .fitting import fit_to_memory
 from .halving import Halving, fitted_of, with_fitted
 from .manifest import MANIFEST, damage_in
 from .memory import peak_bytes
@@ -140,6 +142,11 @@ def train(
         seed_dropout(settings, ranks, step=progress.step, resumed=True)
     elif run.metrics.exists():
         say("No checkpoint was saved yet: starting from the first step.")
+    fitted = with_fitted(settings, progress.fitted)
+    if checkpoint:
+        checkpoint_layers(base, fitted)
+    else:
+        fitted = fit_to_memory(setup, examples, weights, settings, plan, say=say, extra=scoring_bytes)
     overtaken = [path for path in list_checkpoints(run) if step_of(path) > progress.step]
     if ranks.is_first:
         run.rewind_metrics(progress.step, scored=not progress.unscored)
@@ -164,7 +171,7 @@ def train(
     name_row, spikes, saved_at = name_row or _number, SpikeWatch(), time.monotonic()
     stops = stops or StopSignals(display.say)
     sharing = PromptSharing(trained, settings, display.say)
-    halving = Halving(with_fitted(settings, progress.fitted), device, say=display.say, ranks=ranks)
+    halving = Halving(fitted, device, say=display.say, ranks=ranks)
 
     def take(rows: Sequence[Example], row_tasks: Sequence[str], settings: Train) -> tuple[list[Batch], StepResult]:
         """The passes of a step over `rows`, and what came of them."""

@@ -25,16 +25,34 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def limit_bytes(device: torch.device) -> int:
-    """The memory that this process may come to take while everything else on the machine stays as it is now."""
+def resident_bytes(device: torch.device) -> int:
+    """The memory that this process takes now: on a GPU what its tensors hold, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _own_bytes("VmRSS") or peak_bytes(device)
+
+
+def limit_bytes(device: torch.device, *, sharing: int = 1) -> int:
+    """The memory that this process may come to take while everything else on the machine stays as it is now.
+
+    With `sharing` processes of about its size on this machine, each gets a part of what none has taken yet.
+    """
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limits += [int(text) for path in _CGROUP_LIMITS if (text := _read(path)).isdecimal()]
-    others_leave, own = _kilobytes(Path("/proc/meminfo"), "MemAvailable"), _kilobytes(_OWN_STATUS, "VmRSS")
-    limits += [(others_leave + own) * 1024] if others_leave is not None and own is not None else []
+    own, addressed = _own_bytes("VmRSS"), _own_bytes("VmSize")
+    others_leave = _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+    limits += [others_leave * 1024 // sharing + own] if others_leave is not None and own else []
+    soft, _hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits += [max(0, soft - addressed + own)] if soft != resource.RLIM_INFINITY and own and addressed else []
     return min(limits)
+
+
+def _own_bytes(key: str) -> int:
+    """A figure of this process that Linux tells; 0 on another system."""
+    return (_kilobytes(_OWN_STATUS, key) or 0) * 1024
 
 
 def _kilobytes(file: Path, key: str) -> int | None:

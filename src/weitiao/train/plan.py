@@ -17,6 +17,7 @@ from ..render.base import Example
 from ..render.example_store import lengths_of, supervised_of
 from ..tuning.low_rank import layer_number
 from ..tuning.methods import count_parameters
+from .memory_needs import later_bytes, needed_bytes
 from .model import can_compile
 from .progress import format_seconds
 
@@ -28,16 +29,6 @@ COMPILE_REPAYS_SECONDS = 240.0
 
 COMPILE_SECONDS, COMPILED_SPEEDUP = 50.0, 1.4
 """What is foretold of compiling where it was not tried: the middle of what was seen on 2 CPU cores."""
-
-_PROGRAM_BYTES = 600 << 20
-"""Python with torch and transformers 0.35 GB, a tokenizer of 262,144 words 0.25 GB."""
-
-_HEAD_BYTES = 160 << 20
-"""The loss's buffers: 128 MB of logits in flight and the softmax of a part of them."""
-
-_KERNEL_BYTES, _KERNEL_STEPS = 750 << 20, 60
-"""On a CPU a kernel is made and kept for every new shape: 2.7 GB after three steps of Gemma 3 270M, the one with the
-largest pass among them, were 3.5 GB after 60."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,12 +87,12 @@ def make_plan(
         of_head = head.numel() if head.requires_grad else 0
         flops += 2 * (trainable - of_head) * tokens + 2 * of_head * supervised
     if settings.gradient_checkpointing:
-        flops += 2 * body * tokens
+        flops += 2 * body * tokens * (0.5 if settings.gradient_checkpointing == "selective" else 1)
     longest, most = max(lengths), sum(heapq.nlargest(-(-settings.batch_size // processes), lengths))
     per_pass = max(longest, min(settings.tokens_per_pass, most)) if settings.packing else longest
     peak = processes * _matrix_peak(head.dtype, head.device)
     seconds = flops * settings.epochs / (_EAGER_EFFICIENCY * peak)
-    memory = _memory(model, per_pass, trainable, checkpointing=settings.gradient_checkpointing)
+    memory = needed_bytes(model, settings, tokens=per_pass)
     steps = num_steps(weights, batch_size=settings.batch_size, seed=settings.seed, epochs=settings.epochs)
     return Plan(
         steps=steps,
@@ -129,41 +120,12 @@ def may_compile(settings: Train) -> bool:
     return settings.compile != "never" and can_compile()
 
 
-def later_bytes(device: torch.device, *, steps: int) -> int:
-    """Memory that a run of so many `steps` takes beyond its first ones: on a CPU, the kernels kept for every shape.
-
-    Compiling adds none: with the compiler and its processes, 8 steps took 3.0 GB where they take 3.1 GB without it.
-    """
-    return round(_KERNEL_BYTES * min(1.0, steps / _KERNEL_STEPS)) if device.type == "cpu" else 0
-
-
 def _backward_share(model: PreTrainedModel) -> float:
     """The share of the decoder layers that gradients pass through: from the first one that learns upwards."""
     numbers = [layer_number(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
     found = [number for number in numbers if number is not None]
     first = 0 if len(found) < len(numbers) else min(found, default=0)
     return 1 - first / int(model.config.get_text_config().num_hidden_layers)
-
-
-def _memory(model: PreTrainedModel, tokens: int, trainable: int, *, checkpointing: bool) -> int:
-    """What the process takes in its first steps, in bytes.
-
-    Weights, gradients and optimiser of what learns, activations of one pass, the head's buffers, and on a CPU the
-    program itself.
-    """
-    config = model.config
-    head = model.get_output_embeddings().weight
-    item = head.element_size()
-    weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
-    per_token_layer = (
-        24 * config.hidden_size + 6 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    ) * item
-    layers = 2 if checkpointing else config.num_hidden_layers
-    copies = 0
-    if changed_weights_of(model) is not None:  # cast for every pass; the head's gradient is summed in float32 beside
-        copies = (item * trainable if item < 4 else 0) + (2 * 4 * head.numel() if head.requires_grad else 0)
-    program = _PROGRAM_BYTES if model.device.type == "cpu" else 0
-    return int(weights + 12 * trainable + copies + tokens * layers * per_token_layer + _HEAD_BYTES + program)
 
 
 def _matrix_peak(dtype: torch.dtype, device: torch.device) -> float:

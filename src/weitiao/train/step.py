@@ -176,7 +176,8 @@ def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> StepRe
         RunError: it ran out where the step cannot be taken again.
     """
     trained, accelerator = setup.trained, setup.accelerator
-    total, token_losses, why = 0.0, [], ""
+    total, why = 0.0, ""
+    token_losses: list[Tensor] = []
     try:
         total, token_losses = _run_passes(setup, batches)
     except (MemoryError, RuntimeError) as error:
