@@ -22,6 +22,9 @@ def checkpoint_layers(model: PreTrainedModel, settings: Train) -> None:
     """
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable(every_n_layers=2 if settings.gradient_checkpointing == "selective" else 1)
+        # which has the embeddings ask for a gradient, as reentrant checkpoints need: it would be computed down to them
+        # where only the last layers learn
+        model.disable_input_require_grads()
 
 
 class Offloading(saved_tensors_hooks):

@@ -52,8 +52,8 @@ def require_optimiser(settings: Train) -> None:
     package = _PACKAGES.get(settings.optimiser)
     if package is not None and find_spec(package) is None:
         raise RunError(
-            f"train.optimiser={settings.optimiser} needs the package {package}: pip install {package}. Or set "
-            f"train.optimiser=adamw."
+            f"train.optimiser={settings.optimiser} needs {package}, which is not installed: pip install "
+            f"'weitiao[{package}]'. Or set train.optimiser=adamw."
         )
 
 

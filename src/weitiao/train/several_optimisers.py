@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class SeveralOptimisers(torch.optim.Optimizer):
@@ -32,15 +34,43 @@ class SeveralOptimisers(torch.optim.Optimizer):
             if any(parameter.grad is not None for group in part.param_groups for parameter in group["params"]):
                 part.step()
 
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """What the parts keep of each parameter."""
+        return defaultdict(dict, {one: kept for part in self.parts for one, kept in part.state.items()})
+
+    @state.setter
+    def state(self, _: Any) -> None:
+        """Nothing: torch begins with an empty one, and here the parts have it."""
+
     def state_dict(self) -> dict[str, Any]:
-        """Those of the parts."""
-        return {"parts": [part.state_dict() for part in self.parts]}
+        """Those of the parts as one, in torch's form: parameters are numbered through all of them."""
+        states: dict[int, Any] = {}
+        groups: list[dict[str, Any]] = []
+        for part, first in zip(self.parts, self._firsts(), strict=True):
+            own = part.state_dict()
+            states.update({number + first: kept for number, kept in own["state"].items()})
+            groups += [{**group, "params": [number + first for number in group["params"]]}
+                       for group in own["param_groups"]]  # fmt: skip
+        return {"state": states, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put every part into the state that `state_dict`, of as many parts, has for it."""
-        for part, its in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(its)
+        """Put every part into the state that `state_dict`, of the same parts, has for it."""
+        groups = iter(state_dict["param_groups"])
+        for part, first in zip(self.parts, self._firsts(), strict=True):
+            own = [next(groups) for _ in part.param_groups]
+            numbers = [number for group in own for number in group["params"]]
+            states = {
+                number - first: state_dict["state"][number] for number in numbers if number in state_dict["state"]
+            }
+            own = [{**group, "params": [number - first for number in group["params"]]} for group in own]
+            part.load_state_dict({"state": states, "param_groups": own})
         self._take_groups()
+
+    def _firsts(self) -> list[int]:
+        """The number of each part's first parameter."""
+        counts = [sum(len(group["params"]) for group in part.param_groups) for part in self.parts]
+        return [0, *accumulate(counts[:-1])]
 
     def train(self) -> None:
         """Put parts that average weights into the mode that they learn in."""
