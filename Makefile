@@ -28,6 +28,7 @@ check: install
 	$(BIN)/mypy
 
 slow: install
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest -m slow
 
 bench: demo

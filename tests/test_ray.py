@@ -6,23 +6,36 @@ proofs start two Ray nodes on this machine and kill a worker and a node while 10
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import typer
+import yaml
 
 from command_line import light_training, read_lines, refuse, succeed, write_rows
+from launching import PATIENCE_SECONDS, lines_of, run_of, write_recipe
+from ray_nodes import two_nodes
+from test_many_processes import agree
 from weitiao.apply import predict_file
+from weitiao.cli import app
 from weitiao.cluster.answering import Assignment, Outcome, ShardWorker, answering_key
 from weitiao.cluster.session import Machine, share_machines
 from weitiao.cluster.shards import LaidAside, Parts, find_damage, join, lay_aside
 from weitiao.contract import Contract
 from weitiao.data.reading import LikeReader
 from weitiao.errors import DataError, RunError
+from weitiao.runs import RunFolder
 from weitiao.tasks.base import Task
 
 LABELS = ("体育", "科技", "财经")
@@ -200,3 +213,176 @@ def test_without_ray_the_command_that_installs_it_is_told(work: Path, monkeypatc
     told = refuse("predict", "runs/tiny", "new.jsonl", "-o", "out.jsonl", "--ray")
     assert "pip install 'weitiao[ray]'" in told
     assert not Path("out.jsonl.parts").exists()
+
+
+def test_the_page_about_clusters_shows_yaml_that_names_what_there_is() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text(encoding="utf-8")
+    job = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    cluster = job["spec"]["rayClusterSpec"]
+    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]
+    pods = [group["template"]["spec"] for group in (head, workers)]
+    assert pods[0]["volumes"] == pods[1]["volumes"]
+    for pod in pods:
+        (container,) = pod["containers"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    pins = (Path(__file__).parents[1] / "constraints.txt").read_text(encoding="utf-8")
+    assert f"ray=={cluster['rayVersion']}" in pins.splitlines()
+    assert f"--workers {workers['replicas']}" in job["spec"]["entrypoint"]
+    words = job["spec"]["entrypoint"].split()
+    known = {option for param in typer.main.get_command(app).commands["predict"].params for option in param.opts}
+    assert {word.rstrip('"') for word in words if word.startswith("-") and word != "-c"} <= known
+
+
+# --- With Ray: on this machine, and on two nodes ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def ray_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray as a user has it, but with a token of the test's own, which is not written into the home folder."""
+    pytest.importorskip("ray", reason="not installed; pip install 'weitiao[ray]'")
+    for name, value in {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    """`weitiao WORDS` in a process of its own; what it says comes from its stdout."""
+    command = [sys.executable, "-m", "weitiao", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
+    """What a process says that ends with `code`."""
+    said, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == code, said
+    return said
+
+
+def wait_for(what: Any, process: subprocess.Popen[str]) -> None:
+    """Return once `what` gives something true, while `process` lives."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not what():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def steps_of(run: RunFolder) -> int:
+    """How many steps were logged."""
+    return len(lines_of(run, "train")) if run.metrics.exists() else 0
+
+
+def ray_processes(name: str, of: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes of Ray below `of` whose titles begin with `name`."""
+    found = []
+    for child in psutil.Process(of.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if " ".join(child.cmdline()).startswith(name):
+                found.append(child)
+    return found
+
+
+def finished_shards() -> dict[str, int]:
+    """Of the shards of answers.jsonl, when their answers were written."""
+    parts = Path("answers.jsonl.parts")
+    return {one.stem: one.with_suffix(".jsonl").stat().st_mtime_ns for one in parts.glob("shard-*.json")}
+
+
+def require_every_row_once(answers: Path, rows: int) -> None:
+    lines = read_lines(answers)
+    assert [line["source"] for line in lines] == [f"many.jsonl:{number + 1}" for number in range(rows)]
+    assert all(line["context"].endswith(f"{number}\nAnswer: ") for number, line in enumerate(lines))
+
+
+@pytest.mark.slow
+def test_ten_thousand_rows_are_each_answered_once_though_a_worker_and_a_node_die(
+    work: Path, ray_environment: None
+) -> None:
+    rows = [{"context": row["context"]} for row in rows_of(0, 10_000)]
+    write_rows(work / "many.jsonl", rows)
+    write_rows(work / "sample.jsonl", rows[:300])
+    with two_nodes(cpus=1) as (address, nodes):
+        words = ("predict", "runs/tiny", "many.jsonl", "-o", "answers.jsonl", "--ray", "--address", address)
+        process = start(*words, "--workers", 2, "--rows-per-shard", 250)
+        wait_for(lambda: len(finished_shards()) >= 5, process)
+        workers = ray_processes("ray::ShardWorker", nodes)
+        assert len(workers) == 2
+        workers[0].kill()
+        wait_for(lambda: len(finished_shards()) >= 15, process)
+        assert len(finished_shards()) < 40
+        assert nodes.stdin is not None
+        nodes.stdin.write("remove\n")
+        nodes.stdin.flush()
+        said = finish(process)
+    assert "died; they are given to another one" in said
+    assert "10000 answers in answers.jsonl" in said
+    assert "raylet" not in said
+    require_every_row_once(work / "answers.jsonl", 10_000)
+    assert not Path("answers.jsonl.parts").exists()
+    predict_file("runs/tiny", "sample.jsonl", "plain.jsonl")
+    for line, other in zip(read_lines(work / "answers.jsonl"), read_lines(work / "plain.jsonl"), strict=False):
+        for key in ("task", "prediction", "answer", "valid", "finish"):
+            assert line[key] == other[key]
+
+
+@pytest.mark.slow
+def test_a_prediction_goes_on_after_ctrl_c_and_after_its_own_end(work: Path, ray_environment: None) -> None:
+    write_rows(work / "many.jsonl", [{"context": row["context"]} for row in rows_of(0, 2_000)])
+    words = ("predict", "runs/tiny", "many.jsonl", "-o", "answers.jsonl", "--ray", "--workers", 2)
+    words = (*words, "--rows-per-shard", 50, "--keep-shards")
+    process = start(*words)
+    wait_for(lambda: len(finished_shards()) >= 5, process)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    said = finish(process, code=130)
+    assert "of 2000 rows are answered and kept; the same command goes on." in said
+    assert "Traceback" not in said
+    gone, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive and len(gone) > 3
+    first = finished_shards()
+    assert 5 <= len(first) < 40
+    process = start(*words)
+    wait_for(lambda: len(finished_shards()) >= len(first) + 3, process)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(started, timeout=60)[1]
+    second = finished_shards()
+    said = finish(start(*words))
+    assert f"{len(second) * 50} of 2000 rows are answered already" in said
+    assert {**finished_shards(), **first, **second} == finished_shards()
+    parts = sorted(Path("answers.jsonl.parts").glob("shard-*.jsonl"))
+    (work / "joined.jsonl").write_bytes(b"".join(part.read_bytes() for part in parts))
+    require_every_row_once(work / "joined.jsonl", 2_000)
+    assert "2000 answers in answers.jsonl.parts/shard-*.jsonl" in said
+
+
+@pytest.mark.slow
+def test_two_workers_train_what_one_process_trains_through_ctrl_c_and_a_kill(
+    tmp_path: Path, tiny_gemma3_folder: Path, monkeypatch: pytest.MonkeyPatch, ray_environment: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path, tiny_gemma3_folder, rows=24, epochs=10, batch_size=9, evaluate_every=10, save_every=2)
+    finish(start("train", "recipe.yaml"))
+    words = ("train", "recipe.yaml", "name=spread", "--ray", "--workers", 2)
+    run = run_of(tmp_path, "spread")
+    process = start(*words)
+    wait_for(lambda: steps_of(run) >= 4, process)
+    process.send_signal(signal.SIGINT)
+    said = finish(process, code=130)
+    assert "Go on with: weitiao train recipe.yaml name=spread --resume --ray --workers=2" in said
+    assert steps_of(run) < 30
+    process = start(*words, "--resume")
+    wait_for(lambda: steps_of(run) >= 12, process)
+    ray_processes("ray::RayTrainWorker", process)[1].kill()
+    said = finish(process)
+    assert "A worker ended; all were started anew (1)." in said
+    assert said.count("Done in") == 1
+    agree(run_of(tmp_path, "whole"), run)
+    assert not list((tmp_path / "runs").glob(".ray-*"))
+    assert "already holds a run" in finish(start(*words), code=2)
