@@ -358,6 +358,13 @@ def export(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Of the weights; by default that which the run computed in."),
     ] = None,
+    onto: Annotated[
+        Literal["unpacked", "float"],
+        typer.Option(
+            help="Where the base model was packed (model.quantize): merge onto what the packed weights stand for, as "
+            "the run computed, or onto the base model's own weights, read again."
+        ),
+    ] = "unpacked",
     base_model: BaseModel = None,
 ) -> None:
     """Write the tuned model as a whole model, its adapter merged in, and prove that it computes the same.
@@ -367,12 +374,17 @@ def export(
     with reporting_errors():
         from ..export import export_run
 
-        done = export_run(run, folder, layout=layout, dtype=dtype, base_model=base_model, console=err)
+        done = export_run(run, folder, layout=layout, dtype=dtype, base_model=base_model, onto=onto, console=err)
     what = f"the merged model in {done.dtype}" if done.merged else "the prefix, for use with its base model"
     out.print(f"{done.folder}: {what}, {done.layout} layout.")
+    explained = f"rounding explains {done.tolerance:g}"
+    if done.moved is not None:
+        explained = (
+            f"the base model's own by {done.moved:.2g}, having float weights now; {done.tolerance:.2g} is allowed"
+        )
     out.print(
         f"Compared with the run on {done.num_tokens} tokens: the logits differ by {done.difference:.2g} of their "
-        f"standard deviation (rounding explains {done.tolerance:g}), and at {done.same_choice:.1%} of them the same "
+        f"standard deviation ({explained}), and at {done.same_choice:.1%} of them the same "
         f"token is the likeliest."
     )
     if not done.same_prompts:

@@ -206,10 +206,25 @@ def adopt(model: PreTrainedModel) -> PreTrainedModel:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+        _forget_unpacking(model)
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         if hasattr(model, name):
             delattr(model, name)
     return model
+
+
+def _forget_unpacking(model: Any) -> None:
+    """Take the steps of reading packed weights out of those that transformers would undo when it writes the model.
+
+    They are kept in `_weight_conversions` of a model read from a packed checkpoint, and cannot be undone.
+    """
+    if (steps := getattr(model, "_weight_conversions", None)) is None:
+        return
+    model._weight_conversions = [
+        step
+        for step in steps
+        if not any(".integrations." in type(done).__module__ for done in getattr(step, "operations", ()))
+    ]
 
 
 def _require_whole_blocks(model: PreTrainedModel) -> None:
@@ -226,7 +241,7 @@ def _require_whole_blocks(model: PreTrainedModel) -> None:
         if layer.weight.device.type == "cpu" and layer.in_features % block:
             raise ModelError(
                 f"bitsandbytes cannot compute with {name} in 4 bits on a CPU: its {layer.in_features} inputs are no "
-                f"multiple of {block}, which its kernel takes for granted. Set model.quantize: int4 or bnb_int8, or use "
+                f"multiple of {block}, as its kernel takes for granted. Set model.quantize: int4 or bnb_int8, or use "
                 f"a GPU."
             )
 
