@@ -337,8 +337,6 @@ def test_switches_that_several_processes_or_a_scaled_loss_forbid_are_refused() -
     require_switches(settings)
     with pytest.raises(RunError, match=r"before the gradients of the 2 processes are summed\. Train by one process"):
         require_switches(settings, Ranks(rank=0, size=2))
-    with pytest.raises(RunError, match=r"train.optimiser=muon has not been held to that\. Set train.optimiser=adamw"):
-        require_switches(Train(optimiser="muon", shard="fsdp"), Ranks(rank=0, size=2))
     setup: Any = ready("full", settings)
     scaled: Any = SimpleNamespace(scaler=object())
     with pytest.raises(RunError, match="does not go with float16"):

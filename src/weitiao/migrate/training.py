@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from .ledger import DEFAULT, Ledger, Wishes
 from .monitors import carry_monitors
+from .optimisers import carry_optimiser
 from .rows import carry_steps, carry_warmup
 from .several_processes import carry_sharding
 from .trainer_arguments import LEFT, NEEDLESS
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
-_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
 Key = Callable[[str], str]
 """An argument's name → its key in the original's settings, such as ``training_args.max_steps``."""
 
@@ -38,6 +38,7 @@ def carry_training_arguments(
     _carry_schedule(ledger, key)
     carry_warmup_settings(ledger, wishes, key)
     _carry_decay_and_norm(ledger, key)
+    carry_optimiser(ledger, key)
     _carry_logging(ledger, key)
     _carry_saving(ledger, key)
     _carry_scoring(ledger, key)
@@ -103,15 +104,11 @@ def _carry_decay_and_norm(ledger: Ledger, key: Key) -> None:
     decay, norm = ledger.number(key("weight_decay")), ledger.number(key("max_grad_norm"))
     if decay is not None:
         ledger.carry(key("weight_decay"), "train.weight_decay", decay)
-    if norm is not None and norm > 0:
-        ledger.carry(key("max_grad_norm"), "train.max_grad_norm", norm)
-    why = "gradients are always scaled down to some norm; the recipe has 1.0"
-    ledger.leave(key("max_grad_norm"), why, even_off=True)
+    if key("max_grad_norm") in ledger.settings:
+        none = norm is None or norm <= 0
+        ledger.carry(key("max_grad_norm"), "train.max_grad_norm", None if none else norm)
     ledger.imply("train.weight_decay", 0.0, DEFAULT)
     ledger.imply("train.max_grad_norm", 1.0, DEFAULT)
-    if ledger.text(key("optim")) in _ADAMW:
-        ledger.needs_no_key(key("optim"), "the optimiser is AdamW")
-    ledger.leave(key("optim"), "the optimiser is AdamW")
 
 
 def _carry_logging(ledger: Ledger, key: Key) -> None:

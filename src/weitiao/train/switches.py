@@ -13,17 +13,11 @@ from ..recipe import Train
 from .optimisers import require_optimiser
 from .ranks import ALONE, Ranks
 from .several_optimisers import SeveralOptimisers, UpdatesInBackward
-from .sharding import spreads
 
 
 def require_switches(settings: Train, ranks: Ranks = ALONE) -> None:
     """Raise RunError when the optimiser's package is missing, or a switch does not go with several processes."""
     require_optimiser(settings)
-    if spreads(settings, ranks) and settings.optimiser != "adamw":
-        raise RunError(
-            f"train.shard=fsdp spreads each weight over the processes, and train.optimiser={settings.optimiser} has "
-            f"not been held to that. Set train.optimiser=adamw, or train.shard=none."
-        )
     if settings.update_in_backward and ranks.size > 1:
         raise RunError(
             f"train.update_in_backward updates a weight before the gradients of the {ranks.size} processes are summed. "
