@@ -125,6 +125,8 @@ class Ticket:
         self.first_token: float | None = None
         """When the first token came, on the clock of `time.monotonic`."""
         self.ended: float | None = None
+        self.cached_tokens = 0
+        """Tokens of the prompt that were copied from another's beginning; known once the request has a row."""
         self.cancelled = False
         self._wake = wake
         self._events: deque[Event] = deque()

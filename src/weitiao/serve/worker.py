@@ -276,6 +276,7 @@ class Worker:
                 self._fail(ticket, _reason(error), "error")
             return
         running = _Running(ticket=ticket, row=row)
+        ticket.cached_tokens = row.num_shared
         with self._lock:
             self._counts["unshareable"] += prefix is not None
             self._counts["prompt_tokens"] += row.num_prompt
