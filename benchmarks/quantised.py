@@ -7,7 +7,7 @@ Each way runs in a process of its own: the base model is opened, LoRA learns on 
 
 load         seconds to open the base model
 held         memory of its weights, scales included
-resident     what the process holds more after opening than before
+resident     what the process holds more after opening than before, the libraries' own parts included
 train        tokens of training rows a second, over all steps
 generate     tokens a second, 16 rows together, 32 new tokens each
 score        mean of both tasks' figures, on the base model as it was packed
@@ -123,7 +123,6 @@ def run_one(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Open, tune in this folder, generate, answer, unpack; and answer with the base model's own weights."""
     figures: dict[str, float] = {}
     process = psutil.Process()
-    open_model("starter").model(torch.tensor([[2, 5]]))  # the libraries and the first product take memory of their own
     before, since = process.memory_info().rss, seconds()
     base = open_model("starter", quantize=kind).model
     figures |= {"load": seconds() - since, "held": held_bytes(base)}

@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,6 @@ from weitiao.tuning.methods import add_adapter, count_parameters
 
 WEIGHT_ONLY = tuple(name for name in FOREIGN if name != "bnb_int8")
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantizing.quiet_libraries()
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +222,12 @@ def test_a_training_on_four_bits_gone_on_with_ends_in_the_bits_of_one_never_stop
     stopped.mkdir()
     shutil.copytree(whole / "checkpoints" / "step-000003", stopped / "checkpoints" / "step-000003")
     assert tune(stopped) == expected and expected
+
+
+def test_installed_libraries_say_nothing_when_a_model_is_opened(instruct_folder: Path) -> None:
+    lines = f"import weitiao; weitiao.open_model({str(instruct_folder)!r}, dtype='float32')"
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 # What is stored packed, and what cannot be had

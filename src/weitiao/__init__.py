@@ -10,6 +10,7 @@ Names are loaded when first used, so that ``import weitiao`` costs nothing and c
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -78,6 +79,13 @@ _HOMES = {
     "score_predictions": ".evaluate.score",
     "WeitiaoError": ".errors",
 }
+
+_LOUD = ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree")
+"""Loggers that warn at every start, or in every product, where bitsandbytes or torchao is installed: of kernels for
+other machines that they do without, and that LLM.int8 rounds to float16, which is how it is defined."""
+
+for _logger in _LOUD:
+    logging.getLogger(_logger).setLevel(logging.ERROR)  # before peft imports them
 
 __all__ = list(_HOMES)
 __version__ = "0.1.0"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,18 +73,6 @@ _INSTALL = {
 }
 """What pip installs to open checkpoints that were packed so, by the names that their config.json has."""
 
-_LOUD = ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops", "torchao")
-
-
-def quiet_libraries() -> None:
-    """Let bitsandbytes and torchao tell of errors alone.
-
-    The one warns in every product of LLM.int8 that its input becomes float16, which is how LLM.int8 is defined; both
-    warn when imported of kernels for other machines that they do without.
-    """
-    for name in _LOUD:
-        logging.getLogger(name).setLevel(logging.ERROR)
-
 
 def packing_named(quantize: str) -> Packing | None:
     """The packing that a recipe's `model.quantize` names; None for ``none``. Raises ModelError for an unknown one."""
@@ -105,7 +92,6 @@ def require_packing(packing: Packing, device: torch.device) -> None:
             f"model.quantize is {packing.name}, which needs the package {packing.library}. Install it with "
             f'pip install "weitiao[{packing.library}]", or set model.quantize: int{packing.bits}, which needs none.'
         )
-    quiet_libraries()
     if packing.library == "bitsandbytes":
         supported: set[str] = importlib.import_module("bitsandbytes").supported_torch_devices
         if device.type not in supported:
@@ -287,6 +273,5 @@ def require_stored(folder: Path, config: Mapping[str, Any], device: torch.device
             f"The model in {folder} is stored quantised ({method}), which needs {' and '.join(missing)} to be opened. "
             f"Install with pip install {' '.join(missing)}, or take the model that is not quantised."
         )
-    quiet_libraries()
     if packing is not None:
         require_packing(packing, device)
