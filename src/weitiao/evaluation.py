@@ -109,7 +109,7 @@ def evaluate_run(
     recipe = load_recipe(run.folder.recipe)
     metrics = load_metrics(recipe.evaluate.metrics, run=run.folder.path)
     shots = recipe.evaluate.shots if shots is None else tuple(shots)
-    dataset = _load_rows(run, recipe) if data is None or shots else None
+    dataset = load_run_rows(run, recipe) if data is None or shots else None
     if data is None and dataset is not None:
         records, name = list(dataset.dev), "dev"
     else:
@@ -161,7 +161,7 @@ def evaluate_run(
     )
 
 
-def _load_rows(run: RunInUse, recipe: Recipe) -> Dataset:
+def load_run_rows(run: RunInUse, recipe: Recipe) -> Dataset:
     """The rows the run learnt from and those held apart. Raises DataError when they have changed since."""
     dataset = load_dataset(recipe)
     if dataset.fingerprint != run.contract.data_fingerprint:

@@ -1,14 +1,15 @@
-"""Verbs that let people and programs use a model: serve, chat."""
+"""Verbs that let people and programs use a model: serve, chat, verify."""
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .base import BaseModel, app, err, out, reporting_errors
+from .base import BaseModel, RunArgument, app, err, out, reporting_errors
 
 if TYPE_CHECKING:
     from ..serve.terminal import TerminalChat
@@ -206,3 +207,43 @@ def _print_reply(talk: TerminalChat, line: str) -> None:
         print(" [stopped]")
     finally:
         pieces.close()
+
+
+@app.command()
+def verify(
+    run: RunArgument,
+    url: Annotated[
+        list[str] | None, typer.Option(help="A server that serves the run, such as http://127.0.0.1:8000.")
+    ] = None,
+    merged: Annotated[Path | None, typer.Option(help="A folder that weitiao export wrote of the run.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows to ask; by default the run's dev rows.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many of them.")] = 20,
+    model: Annotated[str | None, typer.Option(help="The run's name at the servers; by default its folder's.")] = None,
+    base_model: BaseModel = None,
+) -> None:
+    """Prove that every route asks the model the same tokens and gets the same answers; shows the first difference.
+
+    Without --url, a server is started here and asked. The API key of a server is read from WEITIAO_API_KEY. The exit
+    code is 1 where something differs.
+    """
+    from ..serve.keys import ENVIRONMENT
+    from ..verify import verify_run
+
+    with reporting_errors():
+        checks = verify_run(
+            run,
+            urls=url or (),
+            merged=merged,
+            data=data,
+            rows=rows,
+            api_key=os.environ.get(ENVIRONMENT, ""),
+            model_name=model,
+            base_model=base_model,
+        )
+    for check in checks:
+        told = f"{check.same_prompts} of {check.rows} prompts and {check.same_answers} answers are the same"
+        out.print(f"{check.route}: {told}")
+        if check.first is not None:
+            out.print(f"  {check.first.describe()}")
+    if not all(check.holds for check in checks):
+        raise typer.Exit(1)

@@ -30,7 +30,7 @@ from .keys import Keys
 from .leaving import unless_gone
 from .plain_route import PlainReply, ask_plain, read_prompts
 from .problems import RefusedError, bad_request, from_complaints, no_model
-from .protocol import ChatRequest, CompletionRequest, EmbeddingRequest
+from .protocol import ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest
 from .server import Server
 from .task_route import TaskRequest, answer_shape, answer_task, describe_task, model_for
 
@@ -216,6 +216,13 @@ def _add_openai_routes(app: FastAPI, server: Server, embedder: Embedder | None) 
             heading=server.heading(chosen, "cmpl"),
         )
         return _stream(reply.stream()) if request.stream else JSONResponse(await unless_gone(http, reply.whole()))
+
+    @app.post("/tokenize")
+    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
+        """The tokens that a conversation is asked in: what `weitiao verify` compares."""
+        chosen = server.model(request.model)
+        ask = await run_in_threadpool(chosen.ask, request.as_chat())
+        return {"count": len(ask.prompt_ids), "max_model_len": chosen.max_context, "tokens": list(ask.prompt_ids)}
 
     @app.post("/v1/embeddings", response_model=None)
     async def embeddings(request: EmbeddingRequest) -> Response:

@@ -259,3 +259,17 @@ class EmbeddingRequest(Shape):
         if not self.input or any(isinstance(one, str | list) and not one for one in self.input):
             raise ValueError("input is empty, or holds an empty text. Give texts of one character at least.")
         return self
+
+
+class TokenizeRequest(Shape):
+    """``POST /tokenize``, in the shape that vLLM gave it."""
+
+    model: str
+    messages: list[MessageShape] = Field(min_length=1)
+    tools: list[ToolShape] | None = Field(None, max_length=128)
+    task: str | None = None
+    add_generation_prompt: Literal[True] | None = None
+
+    def as_chat(self) -> ChatRequest:
+        """The chat request whose prompt is asked for."""
+        return ChatRequest(model=self.model, messages=self.messages, tools=self.tools, task=self.task)
