@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from peft import PeftModel, PromptEncoderConfig, get_peft_model
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from prefix_models import EOP, a_row, tiny
@@ -131,6 +133,67 @@ def test_tokens_start_from_words_or_numbers_by_the_seed_alone() -> None:
     assert not torch.equal(start(PromptTuning(num_virtual_tokens=8, init="random"), 1), words)
     for method in (PTuningV1(num_virtual_tokens=8), PTuningV1(num_virtual_tokens=8, encoder="mlp", encoder_size=7)):
         assert torch.equal(start(method, 1), start(method, 1))
+
+
+def test_a_network_adds_to_words_or_stands_alone() -> None:
+    vocabulary = tiny("qwen2").get_input_embeddings().weight
+
+    def start(init: Literal["vocabulary", "random"]) -> torch.Tensor:
+        """The tokens, with what the network gives made zero."""
+        model = add_adapter(tiny("qwen2"), PTuningV1(num_virtual_tokens=8, init=init), seed=1)
+        encoder = prompt_encoder_of(model)
+        assert encoder is not None
+        for parameter in encoder.head[-1].parameters():
+            nn.init.zeros_(parameter)
+        return encoder().detach()
+
+    assert all(any(torch.equal(word, token) for token in vocabulary) for word in start("vocabulary"))
+    assert not start("random").any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_of_words_computes_at_first_as_the_same_words_as_tokens(family: str) -> None:
+    rows = eight_rows(family)
+    words = add_adapter(tiny(family), PromptTuning(num_virtual_tokens=8), seed=1)
+    prefix = add_adapter(tiny(family), PTuning(num_virtual_tokens=8, init="vocabulary", dropout=0), seed=1)
+    assert [name for name, p in prefix.named_parameters() if p.requires_grad] == ["prefix_encoder.embedding.weight"]
+    torch.testing.assert_close(logits_of(prefix, rows), logits_of(words, rows), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "glm"])
+def test_a_prefix_is_learnt_in_units_of_its_size_and_written_as_it_is(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    with torch.no_grad():  # so that the keys of the second layer are large and its values small
+        for name, parameter in model.get_decoder().layers[1].named_parameters():
+            if "k_norm" in name or "k_proj" in name:
+                parameter.mul_(64)
+            if "v_proj" in name:
+                parameter.mul_(1 / 64)
+    add_adapter(model, PTuning(num_virtual_tokens=8, init="vocabulary", dropout=0), seed=1)
+    encoder = prefix_encoder_of(model)
+    assert encoder is not None
+    (_, _), (large, small), (_, _) = encoder.units.flatten(1).tolist()
+    assert large >= 256 * small
+    learnt = encoder.embedding.weight.view(8, 3, 2, -1).transpose(0, 2).flatten(2).std(dim=-1)
+    assert learnt.min() > 0.7 and learnt.max() < 1.5, "all of it near a spread of 1"
+    keys, values = encoder()
+    save_adapter(model, tmp_path)
+    again = prefix_encoder_of(load_adapter(tiny(family), tmp_path))
+    resumed = prefix_encoder_of(resume_adapter(tiny(family), PTuning(num_virtual_tokens=8, dropout=0), tmp_path))
+    assert again is not None and resumed is not None
+    assert torch.equal(resumed.units, encoder.units)
+    assert torch.equal(resumed.embedding.weight, encoder.embedding.weight)
+    for one in (again, resumed):
+        assert torch.equal(one()[0], keys) and torch.equal(one()[1], values)
+
+
+def test_models_without_rotary_positions_take_a_prefix_of_words() -> None:
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20, n_positions=32, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    ids = torch.tensor([[5, 9, 3]])
+    before = model(ids).logits
+    tuned = add_adapter(model, PTuning(num_virtual_tokens=4, init="vocabulary"), seed=1).eval()
+    assert not torch.allclose(tuned(ids).logits, before)
 
 
 @pytest.mark.parametrize("kind", ["prompt_tuning", "lstm"])

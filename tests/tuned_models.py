@@ -34,7 +34,7 @@ METHODS: dict[str, AnyMethod] = {
 }
 RATES = {
     "lora": 2e-2, "rslora": 2e-2, "dora": 2e-2, "pissa": 2e-2, "lora_plus": 1e-2, "some_layers": 2e-2,
-    "ptuning_v2": 0.2, "projected": 2e-2, "ptuning_v1": 2e-2, "mlp": 2e-2, "prompt_tuning": 0.2,
+    "ptuning_v2": 0.2, "projected": 2e-2, "ptuning_v1": 0.2, "mlp": 0.2, "prompt_tuning": 0.2,
     "freeze": 1e-2, "full": 6e-3, "ia3": 0.1,
 }  # fmt: skip
 LEARNT_TOKENS = ("ptuning_v1", "mlp", "prompt_tuning")

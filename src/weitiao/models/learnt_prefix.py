@@ -163,6 +163,12 @@ def _lengthened(mask: Tensor, num_virtual_tokens: int) -> Tensor:
     return nn.functional.pad(mask, (num_virtual_tokens, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
+def unit_of(spread: Tensor) -> Tensor:
+    """The powers of two next to `spread`, by which multiplying and dividing is exact; 1 where it is 0 or not finite."""
+    usable = spread.isfinite() & (spread > 0)
+    return torch.where(usable, spread, 1.0).log2().round().exp2()
+
+
 def put_prefix(model: PreTrainedModel, encoder: LearntPrefix) -> None:
     """Make `encoder` the prefix of `model`; of the model's own device and mode, whatever its dtype float32.
 

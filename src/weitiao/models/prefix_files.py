@@ -116,4 +116,4 @@ def _encoder(model: PreTrainedModel | PeftModel) -> PrefixEncoder:
 
 
 def _tensors(encoder: PrefixEncoder) -> dict[str, Tensor]:
-    return {f"{_NAME}{name}": tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    return {f"{_NAME}{name}": tensor.cpu().contiguous() for name, tensor in encoder.tensors().items()}

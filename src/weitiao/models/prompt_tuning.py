@@ -15,7 +15,6 @@ Shapes: P learnt tokens, H hidden size, L layers, K key/value heads, D head size
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import ModelError
 from .glm.chatglm import ChatGlmModel
-from .learnt_prefix import LearntPrefix, PrefixShape, learnt_prefix_of, prefix_shape, put_prefix
+from .learnt_prefix import LearntPrefix, PrefixShape, learnt_prefix_of, prefix_shape, put_prefix, unit_of
 from .shards import read_tensors
 from .sources import adapter_type, read_json
 
@@ -56,6 +55,7 @@ class PromptEncoder(LearntPrefix):
         scale: float,
         network: Network = "none",
         network_size: int | None = None,
+        residual: bool = False,
     ) -> None:
         """
         Args:
@@ -64,10 +64,12 @@ class PromptEncoder(LearntPrefix):
             scale: what the parameters, or what the network gives, are multiplied by.
             network: what the embeddings come through.
             network_size: its hidden size, in each direction; half of H by default.
+            residual: the network's output is added to what it is given, in the place of standing for itself.
         """
         super().__init__(shape)
         self.scale = scale
         self.network = network
+        self.residual = residual
         hidden = shape.hidden_size
         size = network_size or hidden // 2
         self.embedding = nn.Embedding(num_virtual_tokens, hidden)
@@ -86,11 +88,11 @@ class PromptEncoder(LearntPrefix):
 
     def forward(self) -> Tensor:
         """The embeddings ``[P, H]``, float32."""
-        learnt = self.embedding.weight
+        given = learnt = self.embedding.weight
         if self.network == "lstm":
             learnt = self.lstm(learnt[None])[0][0]
         if self.network != "none":
-            learnt = self.head(learnt)
+            learnt = self.head(learnt) + given if self.residual else self.head(learnt)
         return learnt * self.scale
 
     def states(self, decoder: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -114,8 +116,10 @@ class PromptEncoder(LearntPrefix):
 
 
 def _positions(decoder: PreTrainedModel, count: int) -> Tensor:
-    """Where the learnt tokens stand: before position 0."""
+    """Where the learnt tokens stand: before position 0, or from there on where no position is before it."""
     places = torch.arange(-count, 0, device=decoder.device)
+    if not _is_rotary(decoder):
+        return places[None] + count
     if isinstance(decoder, ChatGlmModel):
         return torch.stack([places, torch.zeros_like(places)])[None]
     return places[None]
@@ -160,13 +164,44 @@ def attach_prompt(
         num_virtual_tokens: P.
         network: what their embeddings come through.
         network_size: its hidden size.
-        vocabulary: start from the embeddings of words drawn at random, where there is no network; else from N(0, 1).
+        vocabulary: start from the embeddings of words drawn at random, to which what a network makes of them is added
+            (Razdaibiedina et al. 2023, arXiv:2305.03937); else from N(0, 1), and the network's output stands alone.
         seed: what they start from, whatever random numbers were drawn before.
 
     Raises:
         ModelError: the model has no rotary positions, or its layers cannot take learnt keys.
     """
     _require_rotary(model)
+    encoder = _fresh_encoder(
+        model,
+        num_virtual_tokens=num_virtual_tokens,
+        network=network,
+        network_size=network_size,
+        vocabulary=vocabulary,
+        seed=seed,
+    )
+    model.requires_grad_(False)
+    put_prefix(model, encoder)
+    return model
+
+
+def states_of_words(model: PreTrainedModel, *, num_words: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, both ``[L, K, P, D]``, that `model` makes of P words drawn from its vocabulary by `seed`."""
+    encoder = _fresh_encoder(model, num_virtual_tokens=num_words, vocabulary=True, seed=seed).to(model.device)
+    with torch.no_grad():
+        return encoder.states(model.get_decoder())
+
+
+def _fresh_encoder(
+    model: PreTrainedModel,
+    *,
+    num_virtual_tokens: int,
+    network: Network = "none",
+    network_size: int | None = None,
+    vocabulary: bool,
+    seed: int,
+) -> PromptEncoder:
+    """Tokens that nothing was learnt of yet, as `attach_prompt` describes them."""
     embedding: Any = model.get_input_embeddings()
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
@@ -177,28 +212,29 @@ def attach_prompt(
             scale=_unit(model),
             network=network,
             network_size=network_size,
+            residual=vocabulary,
         )
-        if vocabulary and network == "none":
+        if vocabulary:
             encoder.embedding.weight.copy_(embedding(words.to(model.device)).float() / encoder.scale)
-    model.requires_grad_(False)
-    put_prefix(model, encoder)
-    return model
+    return encoder
 
 
 @torch.no_grad()
 def _unit(model: PreTrainedModel) -> float:
-    """The power of two next to the spread of the vocabulary's embeddings: multiplying by it and dividing is exact."""
+    """The power of two next to the spread of the vocabulary's embeddings."""
     embedding: Any = model.get_input_embeddings()
     some = torch.arange(0, embedding.num_embeddings, max(1, embedding.num_embeddings // 256), device=model.device)
-    spread = float(embedding(some).float().std())
-    return 2.0 ** round(math.log2(spread)) if math.isfinite(spread) and spread > 0 else 1.0
+    return float(unit_of(embedding(some).float().std()))
+
+
+def _is_rotary(decoder: PreTrainedModel) -> bool:
+    """Whether positions turn queries and keys, so that distances alone count."""
+    return isinstance(decoder, ChatGlmModel) or bool(getattr(decoder.config.get_text_config(), "rope_parameters", None))
 
 
 def _require_rotary(model: PreTrainedModel) -> None:
     """Raise ModelError where positions are learnt or added, of which there are none before 0."""
-    config = model.config.get_text_config()
-    rotary = isinstance(model.get_decoder(), ChatGlmModel) or getattr(config, "rope_parameters", None)
-    if not rotary:
+    if not _is_rotary(model.get_decoder()):
         raise ModelError(
             f"Learnt tokens stand before position 0, which {type(model).__name__} has no place for: its positions are "
             f"not rotary. Use LoRA or P-Tuning v2."

@@ -25,8 +25,10 @@ from .learnt_prefix import (
     prefix_shape,
     prefix_states,
     put_prefix,
+    unit_of,
     without_prefix,
 )
+from .prompt_tuning import states_of_words
 
 __all__ = [
     "PrefixEncoder",
@@ -47,7 +49,13 @@ class PrefixEncoder(LearntPrefix):
     Directly: ``embedding`` ``[P, 2LKD]``. With a projection: ``embedding`` ``[P, E]``, ``trans.0`` ``[H, E]``, tanh,
     ``trans.2`` ``[2LKD, H]``, where H is the hidden size; E is H as in ChatGLM-6B, or 2LKD as in ChatGLM2 and ChatGLM3.
     Of the 2L parts of a token's numbers, part 2i holds the keys of layer i and part 2i + 1 its values.
+
+    Numbers that are learnt directly are learnt in `units`, for each part a power of two: keys and values differ tenfold
+    in size from layer to layer, and one learning rate is to suit them all.
     """
+
+    units: Tensor
+    """``[L, 2, 1, 1]``; 1 until `take_units`."""
 
     def __init__(
         self,
@@ -75,6 +83,7 @@ class PrefixEncoder(LearntPrefix):
             self.trans = nn.Sequential(
                 nn.Linear(size, shape.hidden_size), nn.Tanh(), nn.Linear(shape.hidden_size, shape.num_numbers)
             )
+        self.register_buffer("units", torch.ones(shape.num_layers, 2, 1, 1), persistent=False)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -84,11 +93,39 @@ class PrefixEncoder(LearntPrefix):
     def forward(self) -> tuple[Tensor, Tensor]:
         """Keys and values, both ``[L, K, P, D]`` and float32; with dropout in training mode."""
         numbers = self.trans(self.embedding.weight) if self.projection else self.embedding.weight
-        shape = self.shape
-        parts = numbers.view(self.num_virtual_tokens, shape.num_layers, 2, shape.num_heads, shape.head_size)
+        parts = self._parts(numbers) * self.units
         parts = nn.functional.dropout(parts, self.dropout, training=self.training)
         keys, values = parts.permute(2, 1, 3, 0, 4)
         return keys, values
+
+    def _parts(self, numbers: Tensor) -> Tensor:
+        """`numbers` ``[P, 2LKD]`` as ``[P, L, 2, K, D]``."""
+        shape = self.shape
+        return numbers.view(self.num_virtual_tokens, shape.num_layers, 2, shape.num_heads, shape.head_size)
+
+    @torch.no_grad()
+    def start_from(self, keys: Tensor, values: Tensor) -> None:
+        """Let a prefix without projection hold these keys and values, both ``[L, K, P, D]``."""
+        self._parts(self.embedding.weight).copy_(torch.stack([keys, values]).permute(3, 1, 0, 2, 4) / self.units)
+
+    @torch.no_grad()
+    def take_units(self) -> None:
+        """Learn in units near the spread of what is held; that stays what it is. Nothing changes with a projection."""
+        if self.projection:
+            return
+        parts = self._parts(self.embedding.weight)
+        whole = parts * self.units
+        self.units.copy_(unit_of(whole.transpose(0, 2).flatten(2).std(dim=-1)).t()[..., None, None])
+        parts.copy_(whole / self.units)
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """What is learnt, by the originals' names and in their units."""
+        held = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        if not self.projection:
+            whole = self._parts(self.embedding.weight) * self.units
+            held["embedding.weight"] = whole.reshape(self.num_virtual_tokens, -1)
+        return held
 
     def states(self, decoder: PreTrainedModel) -> tuple[Tensor, Tensor]:
         """The same, of any model of that shape."""
@@ -97,12 +134,20 @@ class PrefixEncoder(LearntPrefix):
 
 
 def attach_prefix(
-    model: PreTrainedModel, *, num_virtual_tokens: int, projection: bool, dropout: float = 0.0, seed: int = 0
+    model: PreTrainedModel,
+    *,
+    num_virtual_tokens: int,
+    projection: bool,
+    dropout: float = 0.0,
+    vocabulary: bool = False,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """`model` itself with a fresh trainable prefix in its submodule ``prefix_encoder``; everything else is frozen.
 
     The prefix starts from `seed` alone, drawn as the originals draw it: the embedding from N(0, 1), the layers of the
-    projection uniformly as `nn.Linear` does. A prefix that was there is replaced.
+    projection uniformly as `nn.Linear` does. A prefix that was there is replaced. With `vocabulary`, and where there is
+    no projection, it starts from the keys and values of words drawn at random (Li & Liang 2021, arXiv:2101.00190,
+    section 7.4): learnt prefixes of few rows come out better, and the model answers as before at the start.
 
     Raises:
         ModelError: the model's layers cannot take a prefix.
@@ -116,6 +161,9 @@ def attach_prefix(
             embedding_size=_embedding_size(model),
             dropout=dropout,
         )
+    if vocabulary and not projection:
+        encoder.to(model.device).start_from(*states_of_words(model, num_words=num_virtual_tokens, seed=seed))
+        encoder.take_units()
     model.requires_grad_(False)
     put_prefix(model, encoder)
     return model

@@ -88,6 +88,11 @@ class PTuning(Part):
         False, description="Learn the prefix through a two-layer network (prefix_projection) instead of directly."
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the prefix while training.")
+    init: Literal["vocabulary", "random"] = Field(
+        "vocabulary",
+        description="What it starts from, where there is no projection: keys and values of words drawn by the seed, or "
+        "random numbers.",
+    )
 
 
 class PTuningV1(Part):
@@ -100,6 +105,11 @@ class PTuningV1(Part):
     )
     encoder_size: int | None = Field(
         None, ge=1, description="Hidden size of the network, in each direction. Left out: half the model's."
+    )
+    init: Literal["vocabulary", "random"] = Field(
+        "vocabulary",
+        description="What the network is given: embeddings of words drawn by the seed, to which its output is added; "
+        "or random numbers, and its output stands alone.",
     )
 
 
@@ -159,9 +169,9 @@ def _as_method(value: Any) -> Any:
 Method = Annotated[Annotated[AnyMethod, Field(discriminator="name")], BeforeValidator(_as_method)]
 
 _LEARNING_RATES: dict[str, float] = {
-    "ptuning_v2": 2e-2,  # ChatGLM-6B's own trainer's
-    "ptuning_v1": 5e-3,
-    "prompt_tuning": 5e-2,
+    "ptuning_v2": 0.1,
+    "ptuning_v1": 0.3,
+    "prompt_tuning": 0.3,
     "freeze": 1e-4,
     "full": 3e-5,
     "ia3": 1e-2,

@@ -26,7 +26,10 @@ from .low_rank import (
     pace_lora,
     told_pairs,
 )
-from .pace import pace_of
+from .pace import Pace, pace_of, set_pace
+
+_NETWORKS_PACE = 1 / 60
+"""Of the rate at which tokens learn, that of the network which P-Tuning makes them by."""
 
 
 def add_adapter(model: PreTrainedModel, method: AnyMethod, *, seed: int) -> PreTrainedModel | PeftModel:
@@ -59,13 +62,29 @@ def _add_prefix(model: PreTrainedModel, method: PTuning | PTuningV1 | PromptTuni
     count = method.num_virtual_tokens
     if isinstance(method, PTuning):
         return attach_prefix(
-            model, num_virtual_tokens=count, projection=method.projection, dropout=method.dropout, seed=seed
+            model,
+            num_virtual_tokens=count,
+            projection=method.projection,
+            dropout=method.dropout,
+            vocabulary=method.init == "vocabulary",
+            seed=seed,
         )
     if isinstance(method, PromptTuning):
         return attach_prompt(model, num_virtual_tokens=count, vocabulary=method.init == "vocabulary", seed=seed)
-    return attach_prompt(
-        model, num_virtual_tokens=count, network=method.encoder, network_size=method.encoder_size, seed=seed
+    attach_prompt(
+        model,
+        num_virtual_tokens=count,
+        network=method.encoder,
+        network_size=method.encoder_size,
+        vocabulary=method.init == "vocabulary",
+        seed=seed,
     )
+    prompt = prompt_encoder_of(model)
+    assert prompt is not None
+    for name, parameter in prompt.named_parameters():
+        if not name.startswith("embedding."):
+            set_pace(parameter, Pace(multiple=_NETWORKS_PACE, decays=parameter.ndim >= 2))
+    return model
 
 
 def learning_names(model: PreTrainedModel, method: Freeze | Full) -> list[str]:
@@ -116,6 +135,7 @@ def resume_adapter(model: PreTrainedModel, method: AnyMethod, folder: Path) -> P
     encoder = prefix_encoder_of(tuned)
     if encoder is not None and isinstance(method, PTuning):
         encoder.dropout = method.dropout
+        encoder.take_units()
     prefix = learnt_prefix_of(tuned)
     assert prefix is not None
     prefix.requires_grad_(True)

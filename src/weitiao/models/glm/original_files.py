@@ -141,8 +141,8 @@ def _rotary_tables(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _prefix(model: PreTrainedModel) -> dict[str, Tensor]:
     encoder = prefix_encoder_of(model)
-    own = {} if encoder is None else encoder.state_dict()
-    return {f"transformer.prefix_encoder.{name}": tensor.detach().cpu() for name, tensor in own.items()}
+    own = {} if encoder is None else encoder.tensors()
+    return {f"transformer.prefix_encoder.{name}": tensor.cpu() for name, tensor in own.items()}
 
 
 def _config(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, Any]:
