@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import succeed
+from command_line import quick_training, succeed, write_topics
 from packed_models import packings, write_instruct_folder
 from test_export import logits_of, make_run, stored_weights
 from test_quantized_bases import save_packed
@@ -24,6 +24,24 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_instruct_folder(tmp_path_factory.mktemp("tiny") / "qwen2")
+
+
+@pytest.mark.parametrize("name", packings("bnb_nf4_double"))
+def test_a_recipe_on_four_bits_is_trained_scored_between_steps_evaluated_and_exported(
+    name: str, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_topics(Path("train.jsonl"))
+    settings = ["model.dtype=bfloat16", "train.epochs=2", "train.compile=never", "train.evaluate_every=epoch"]
+    with quick_training():
+        succeed("init", "train.jsonl", "--model", model_folder)
+        succeed("train", "recipe.yaml", f"model.quantize={name}", *settings)
+        [run] = Path("runs").iterdir()
+        scores = succeed("evaluate", run)
+        succeed("export", run, "whole")
+    assert Contract.read(run / "contract.json").quantize == name
+    assert "base" in scores
+    assert model_packing(open_model("whole").model) is None
 
 
 @pytest.mark.parametrize("name", packings("bnb_nf4_double", "bnb_fp4", "torchao_int8"))
