@@ -20,7 +20,7 @@ from weitiao.train import fitting
 from weitiao.train import footprint as footprint_module
 from weitiao.train import scoring as scoring_module
 from weitiao.train.checkpoint import list_checkpoints, read_progress
-from weitiao.train.fitting import fit_settings, largest_pass, measure_need
+from weitiao.train.fitting import try_settings, largest_pass, measure_need
 from weitiao.train.footprint import Footprint, measure_footprint
 from weitiao.train.memory import limit_bytes
 from weitiao.train.memory_needs import gradient_bytes, needed_bytes, state_bytes
@@ -157,11 +157,11 @@ def test_passes_are_made_smaller_first_and_layers_computed_again_where_that_is_n
     ones = [1.0] * 24
     need = measure_need(setup, rows, settings, steps=3)
     largest = largest_pass(setup, rows, ones, settings)
-    plenty = fit_settings(setup, rows, ones, settings, room=2**40, steps=3)
+    plenty = try_settings(setup, rows, ones, settings, room=2**40, steps=3)[-1]
     assert plenty.settings == settings and plenty.changes(settings) == []
 
     def fitted(tokens: int) -> fitting.Fit:
-        return fit_settings(setup, rows, ones, settings, room=need.bytes_of(tokens), steps=3)
+        return try_settings(setup, rows, ones, settings, room=need.bytes_of(tokens), steps=3)[-1]
 
     half = fitted(largest // 2)
     assert half.fits and half.settings.gradient_checkpointing is False
@@ -178,7 +178,7 @@ def test_passes_are_made_smaller_first_and_layers_computed_again_where_that_is_n
 def test_without_packing_there_are_no_smaller_passes() -> None:
     rows = rows_of(40, 50, 60)
     setup, settings = setup_of(packing=False)
-    none = fit_settings(setup, rows, [1.0] * 3, settings, room=1, steps=3)
+    none = try_settings(setup, rows, [1.0] * 3, settings, room=1, steps=3)[-1]
     assert none.changes(settings) == ["train.gradient_checkpointing=true"]
 
 
@@ -238,7 +238,7 @@ def test_a_training_that_would_not_fit_takes_what_fits_says_so_and_keeps_it(
 def test_where_there_is_plenty_nothing_is_measured(
     recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "fit_settings", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(fitting, "try_settings", lambda *_, **__: pytest.fail("measured"))
     _, said = run(recipe_of("plenty"))
     assert "So it takes" not in said
     monkeypatch.setattr(fitting, "limit_bytes", lambda device, sharing: 1)

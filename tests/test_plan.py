@@ -175,7 +175,8 @@ def test_the_steps_of_a_probe_are_those_of_training(recipe: str, monkeypatch: py
 
     monkeypatch.setattr(probe, "take_step", take)
     monkeypatch.setattr(loop_module, "take_step", take)
-    forecast(recipe, "train.tokens_per_pass=200", "train.evaluate_every=never")
+    # with never no other passes are tried beside the recipe's own
+    forecast(recipe, "train.tokens_per_pass=200", "train.evaluate_every=never", "train.fit_memory=never")
     probed, taken = taken, []
     tune_model(
         load_recipe(recipe, ["name=run", "train.tokens_per_pass=200", "train.evaluate_every=never"]),

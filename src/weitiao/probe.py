@@ -7,19 +7,21 @@ the adapter that learns from the three steps is thrown away, and nothing is writ
 from __future__ import annotations
 
 import heapq
+import importlib.util
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedModel
 
 from .check.checkup import Checkup
 from .check.examine import Subject
-from .check.plan import Forecast, Memory, Plan, Times, Workload, memory_finding
+from .check.plan import Choice, Forecast, Memory, Plan, Times, Workload, memory_finding
 from .data.findings import by_grade
 from .data.order import step_rows
 from .dev_scoring import scoring_bytes
@@ -28,13 +30,17 @@ from .generate.chat import reply_all
 from .generate.engine import Sampling
 from .models.adapters import base_model
 from .models.opening import default_device, loaded_bytes
+from .models.out_of_memory import ran_out_of_memory
 from .preparation import Prepared, prepare
-from .recipe import Recipe, Train
+from .recipe import Freeze, Full, Recipe, Train
 from .render.example_store import lengths_of
-from .train.batches import make_probe
+from .train.batches import ROUND_TOKENS, make_probe
+from .train.fitting import Fit, largest_pass, set_checkpointing, try_settings
+from .train.footprint import measure_footprint
 from .train.memory import limit_bytes, peak_bytes
+from .train.memory_needs import later_bytes, state_bytes
 from .train.model import check_head
-from .train.plan import COMPILE_SECONDS, COMPILED_SPEEDUP, later_bytes, make_plan, may_compile, will_compile
+from .train.plan import COMPILE_SECONDS, COMPILED_SPEEDUP, make_plan, may_compile, will_compile
 from .train.scoring import dev_loss
 from .train.shared_prompts import groups_of, may_share
 from .train.step import Setup, pass_sizes, set_up, step_batches, take_step
@@ -42,10 +48,17 @@ from .train.step import Setup, pass_sizes, set_up, step_batches, take_step
 _NEW_TOKENS = 5
 """Tokens that the probe generates in each row but one: four steps are timed."""
 
+_LEAST_LARGER, _LEAST_GAIN = 1.5, 0.95
+"""Larger passes are tried where they can be so many times as large, and told where they take at most so much time."""
 
-def add_forecast(subject: Subject, checkup: Checkup) -> Checkup:
+_LEAST_SAVED = 0.05
+"""What saves a smaller share of the memory is not proposed."""
+
+
+def add_forecast(subject: Subject, checkup: Checkup, *, room: int | None = None) -> Checkup:
     """`checkup` with what a probe of its recipe foretells; too little memory is a finding like any other.
 
+    `room` is the memory of the machine that the training is planned for, in bytes; by default what is to be had here.
     A checkup with errors comes back as it is: its rows cannot be trained on.
 
     Raises:
@@ -58,12 +71,12 @@ def add_forecast(subject: Subject, checkup: Checkup) -> Checkup:
     if not checkup.ok:
         return checkup
     unknown = Plan(price_per_hour=recipe.train.price_per_hour, currency=recipe.train.currency)
-    plan = foretell(recipe, checkup.plan or unknown)
+    plan = foretell(recipe, checkup.plan or unknown, room=room)
     found = memory_finding(plan, recipe.train)
     return replace(checkup, plan=plan, findings=tuple(by_grade([*checkup.findings, *([found] if found else [])])))
 
 
-def foretell(recipe: Recipe, plan: Plan) -> Plan:
+def foretell(recipe: Recipe, plan: Plan, *, room: int | None = None) -> Plan:
     """`plan` with what a probe foretells: memory at the peak, times, and so the cost.
 
     Where there is no room for a step, or even for the model, only the memory is foretold, by an estimate.
@@ -72,27 +85,30 @@ def foretell(recipe: Recipe, plan: Plan) -> Plan:
         DataError, ModelError, RecipeError, RunError: the recipe cannot be trained.
     """
     device = torch.device(default_device())
-    limit = limit_bytes(device)
+    here = limit_bytes(device)
+    limit = here if room is None else room
     needed = loaded_bytes(recipe.model.path, dtype=recipe.model.dtype, quantize=recipe.model.quantize)
-    if needed > limit:
+    if needed > min(here, limit):
         return replace(plan, forecast=_no_room(device, needed, limit))
     try:
-        return _probe(recipe, plan, device, limit)
+        return _probe(recipe, plan, device, here=here, limit=limit)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):  # so torch says it, of a GPU or not
+        if not ran_out_of_memory(error):
             raise
-        return replace(plan, forecast=_no_room(device, limit + 1, limit))
+        return replace(plan, forecast=_no_room(device, here + 1, here))
 
 
-def _no_room(device: torch.device, needed: int, limit: int) -> Forecast:
-    return Forecast(device=_name(device), memory=Memory(bytes=needed, limit=limit, measured=False), times=None)
+def _no_room(device: torch.device, needed: int, limit: int, choices: Sequence[Choice] = ()) -> Forecast:
+    memory = Memory(bytes=needed, limit=limit, measured=False)
+    return Forecast(device=_name(device), memory=memory, times=None, choices=tuple(choices))
 
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _probe(recipe: Recipe, plan: Plan, device: torch.device, limit: int) -> Plan:
+def _probe(recipe: Recipe, plan: Plan, device: torch.device, *, here: int, limit: int) -> Plan:
+    """`plan` for a machine with `limit` bytes to be had, probed on this one, which has `here`."""
     settings = recipe.train
     prepared = prepare(recipe, console=Console(quiet=True))
     examples = prepared.train_rows.examples
@@ -107,30 +123,130 @@ def _probe(recipe: Recipe, plan: Plan, device: torch.device, limit: int) -> Plan
         steps=estimate.steps,
         exact=True,
     )
-    if estimate.memory_bytes > limit:
-        return replace(plan, work=work, forecast=_no_room(device, estimate.memory_bytes, limit))
     setup = set_up(prepared.model, settings, steps=estimate.steps)
     check_head(setup.trained, make_probe(examples, row_prefix=setup.trained.row_prefix).to(device))
-    steps = _time_steps(setup, prepared, settings) * estimate.steps
+    extra = scoring_bytes(recipe, prepared)
+
+    def tried_in(room: int) -> list[Fit]:
+        return try_settings(setup, examples, prepared.weights, settings, room=room, steps=estimate.steps, extra=extra)
+
+    tried = tried_in(limit)
+    written = replace(tried[0], settings=settings, bytes=tried[0].as_written)
+    running = tried[-1] if tried[-1].fits and settings.fit_memory == "auto" else written
+    if running.bytes > here:
+        choices = (_as_written(written), *_others(tried, settings), *_proposals(prepared, recipe, tried[-1]))
+        return replace(plan, work=work, forecast=_no_room(device, written.bytes, limit, choices))
+    set_checkpointing(base_model(prepared.model), running.settings)
+    seconds = _time_steps(setup, prepared, running.settings) * estimate.steps
     compiles = will_compile(settings, estimate.seconds)
-    peak = peak_bytes(device) + scoring_bytes(recipe, prepared) + later_bytes(device, steps=estimate.steps)
+    peak = peak_bytes(device) + extra + later_bytes(device, steps=estimate.steps)
     scorings = _count_scorings(settings, estimate.steps) if prepared.scored(settings) else 0
     times = Times(
-        steps=steps,
-        compiled_steps=COMPILE_SECONDS + steps / COMPILED_SPEEDUP if may_compile(settings) else None,
+        steps=seconds,
+        compiled_steps=COMPILE_SECONDS + seconds / COMPILED_SPEEDUP if may_compile(settings) else None,
         compiles=compiles,
         scorings=scorings,
         scoring=scorings * _time_scoring(setup, prepared, recipe),
     )
-    memory = Memory(bytes=max(peak, peak_bytes(device)), limit=limit, measured=True)
-    return replace(plan, work=work, forecast=Forecast(device=_name(device), memory=memory, times=times))
+    peak, measured = max(peak, peak_bytes(device)), running.settings == settings
+    if measured:
+        if peak > limit:  # more was taken than foretold, so that what is tried instead has as much less room
+            tried = tried_in(limit - max(0, peak - written.bytes))
+        written = replace(written, bytes=peak)
+    memory = Memory(bytes=written.bytes, limit=limit, measured=measured)
+
+    def time_steps(those: Train) -> float:
+        set_checkpointing(base_model(prepared.model), those)
+        return _time_steps(setup, prepared, those, largest_first=False) * estimate.steps
+
+    def timed(one: Fit) -> float | None:
+        if one.settings == running.settings:
+            return seconds
+        return time_steps(one.settings) if one.fits and one.bytes <= here else None
+
+    choices = (_as_written(written, seconds if measured else None), *_others(tried, settings, timed))
+    if not written.fits:
+        choices += _proposals(prepared, recipe, tried[-1])
+    elif settings.fit_memory == "auto":
+        choices += _larger(setup, prepared, written, min(here, limit), time_steps)
+    forecast = Forecast(device=_name(device), memory=memory, times=times, choices=choices)
+    return replace(plan, work=work, forecast=forecast)
 
 
-def _time_steps(setup: Setup, prepared: Prepared, settings: Train) -> float:
+def _as_written(fit: Fit, seconds: float | None = None) -> Choice:
+    return Choice(changes=(), bytes=fit.bytes, fits=fit.fits, seconds=seconds)
+
+
+def _others(
+    tried: Sequence[Fit], written: Train, timed: Callable[[Fit], float | None] = lambda _: None
+) -> tuple[Choice, ...]:
+    """What was tried and is not as `written`; `timed` gives the seconds of all steps of one."""
+    return tuple(
+        Choice(
+            changes=tuple(changes),
+            bytes=one.bytes,
+            fits=one.fits,
+            seconds=timed(one),
+            applied=one.fits and written.fit_memory == "auto",
+        )
+        for one in tried
+        if (changes := one.changes(written))
+    )
+
+
+def _larger(
+    setup: Setup, prepared: Prepared, written: Fit, room: int, time_steps: Callable[[Train], float]
+) -> tuple[Choice, ...]:
+    """Passes up to four times as large, where steps have several, there is room for them, and they are faster."""
+    examples, settings = prepared.train_rows.examples, written.settings
+    if not settings.packing:
+        return ()
+    whole = settings.model_copy(update={"tokens_per_pass": 4 * settings.tokens_per_pass})
+    now, largest = (largest_pass(setup, examples, prepared.weights, one) for one in (settings, whole))
+    if largest < _LEAST_LARGER * now:
+        return ()
+    per_token = measure_footprint(setup.trained, examples, keeping=setup.offloading).per_token
+    tokens = int(min(largest, now + (room - written.bytes) / per_token)) // ROUND_TOKENS * ROUND_TOKENS
+    if tokens < _LEAST_LARGER * now:
+        return ()
+    more = settings.model_copy(update={"tokens_per_pass": tokens})
+    larger = replace(written, settings=more, bytes=round(written.bytes + per_token * (tokens - now)))
+    before, seconds = time_steps(settings), time_steps(more)
+    if seconds > _LEAST_GAIN * before:
+        return ()
+    changes = tuple(larger.changes(settings))
+    return (Choice(changes=changes, bytes=larger.bytes, fits=True, seconds=seconds, faster=True),)
+
+
+def _proposals(prepared: Prepared, recipe: Recipe, least: Fit) -> tuple[Choice, ...]:
+    """What would take less still, beside what `least` changes, and changes what is learnt."""
+    base, changes = base_model(prepared.model), tuple(least.changes(recipe.train))
+    found = []
+    light = recipe.train.model_copy(update={"optimiser": "adamw_8bit"})
+    if recipe.train.optimiser == "adamw" and importlib.util.find_spec("bitsandbytes") is not None:
+        saved = state_bytes(base, recipe.train) - state_bytes(base, light)
+        found.append(("train.optimiser=adamw_8bit", saved))
+    if recipe.model.quantize == "none" and not isinstance(recipe.method, Full | Freeze):
+        layers = [one for one in base.get_decoder().modules() if isinstance(one, nn.Linear)]
+        weights = [one.weight for one in layers if not one.weight.requires_grad]
+        found.append(("model.quantize=int4", sum(one.nbytes - one.numel() // 2 for one in weights)))
+    return tuple(
+        Choice(
+            changes=(*changes, change),
+            bytes=least.bytes - saved,
+            fits=least.bytes - saved <= least.room,
+            same_result=False,
+        )
+        for change, saved in found
+        if saved > _LEAST_SAVED * least.bytes
+    )
+
+
+def _time_steps(setup: Setup, prepared: Prepared, settings: Train, *, largest_first: bool = True) -> float:
     """Seconds of an optimiser step on average, from two usual ones.
 
     Before them the step with the largest pass is taken: it shows the most memory, and it takes upon itself what happens
-    in a first step only.
+    in a first step only. Without `largest_first` it is a usual one.
     """
     examples, tasks = prepared.train_rows.examples, prepared.train_tasks
     drawn = {"batch_size": settings.batch_size, "seed": settings.seed, "first_step": 0}
@@ -159,8 +275,9 @@ def _time_steps(setup: Setup, prepared: Prepared, settings: Train) -> float:
         return time.perf_counter() - started
 
     setup.trained.train()
-    take(max(range(len(steps)), key=lambda number: (max(passes[number]), sizes[number])))
     usual = heapq.nsmallest(2, range(len(steps)), key=lambda number: abs(sizes[number] - mean))
+    largest = max(range(len(steps)), key=lambda number: (max(passes[number]), sizes[number]))
+    take(largest if largest_first else usual[0])
     return sum(take(number) for number in usual) / sum(sizes[number] for number in usual) * mean
 
 

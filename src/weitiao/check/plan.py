@@ -5,12 +5,14 @@ Holds the figures and their words; counting is examine.py's business, probing th
 
 from __future__ import annotations
 
+import re
 from array import array
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..data.findings import Finding, count_of
 from ..data.order import num_steps
+from ..errors import RecipeError
 from ..recipe import Data, Train
 
 
@@ -132,6 +134,37 @@ class Times:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One way to set what memory and time depend on, and what comes of it."""
+
+    changes: tuple[str, ...]
+    """What is not as the recipe has it, as overrides such as ``train.tokens_per_pass=512``; none: the recipe itself."""
+    bytes: int
+    """Foretold at the peak."""
+    fits: bool
+    seconds: float | None = None
+    """Of all optimiser steps, the layers not compiled, from two real ones; None where none were taken."""
+    applied: bool = False
+    """Whether `weitiao train` does so by itself."""
+    same_result: bool = True
+    """Whether the same is learnt; else it is proposed and never done unasked."""
+    faster: bool = False
+    """Whether steps were faster than the recipe's own, and there is room for it."""
+
+    def describe(self) -> str:
+        """``5.4 GB, 25 min for the steps: weitiao train takes this by itself``."""
+        time = "" if self.seconds is None else f", {tell_seconds(self.seconds)} for the steps"
+        told = f"{self.bytes / 2**30:.1f} GB{time}"
+        if not self.fits:
+            return f"{told}: too much"
+        if self.applied:
+            return f"{told}: weitiao train takes this by itself"
+        if self.faster:
+            return f"{told}: faster, and there is room; write it into the recipe"
+        return told if self.same_result else f"{told}: changes what is learnt, so only if you write it into the recipe"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
     """What a few real steps on this machine foretell of the whole training."""
 
@@ -139,6 +172,13 @@ class Forecast:
     memory: Memory
     times: Times | None
     """None where there was no room for a step."""
+    choices: tuple[Choice, ...] = ()
+    """The recipe as it is and other settings of it; none where the model itself could not be loaded."""
+
+    @property
+    def applied(self) -> Choice | None:
+        """What `weitiao train` would change by itself so that the training fits."""
+        return next((one for one in self.choices if one.applied), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,6 +206,11 @@ class Plan:
             told.append(("memory", f"about {self.forecast.memory.describe()} ({self.forecast.device})"))
             if self.forecast.times is not None:
                 told.append(("time", f"about {self.forecast.times.describe()}"))
+            if len(self.forecast.choices) > 1:
+                told += [
+                    ("with " + " ".join(one.changes) if one.changes else "as written", one.describe())
+                    for one in self.forecast.choices
+                ]
         if self.cost is not None:
             price = f"{self.currency}{self.price_per_hour:g}"
             told.append(("cost", f"about {self.currency}{self.cost:.2f} at {price} an hour"))
@@ -184,6 +229,7 @@ class Plan:
             "steps": work.steps if work else None,
             "device": seen.device if seen else None,
             "memory": asdict(seen.memory) if seen else None,
+            "choices": [asdict(one) for one in seen.choices] if seen else [],
             "seconds": {"all": seen.times.all, **asdict(seen.times)} if seen and seen.times else None,
             "price_per_hour": self.price_per_hour,
             "currency": self.currency,
@@ -192,26 +238,55 @@ class Plan:
 
 
 def memory_finding(plan: Plan, train: Train) -> Finding | None:
-    """The finding that the memory does not suffice, with what to change; None where it does."""
+    """The finding that the memory does not suffice, with what to change; None where it does.
+
+    A warning where the training fits with what `weitiao train` changes by itself, else an error.
+    """
     if plan.forecast is None or plan.forecast.memory.fits:
         return None
+    memory, applied = plan.forecast.memory, plan.forecast.applied
+    how = "Measured by real steps" if memory.measured else "Estimated: there was no room for a step"
+    if applied is not None:
+        return Finding(
+            code="memory",
+            grade="warning",
+            title=f"As written, the training does not fit into memory: about {memory.describe()}",
+            message=f"{how} ({plan.forecast.device}). weitiao train takes {' '.join(applied.changes)} by itself: "
+            f"{applied.describe().partition(':')[0]}. What is learnt stays the same.",
+            count=1,
+            fix=f"Write it into the recipe: {' '.join(applied.changes)}.",
+        )
     longest = plan.work.longest if plan.work is not None else 0
     cures = []
     if train.tokens_per_pass > longest:
         cures.append(f"lower train.tokens_per_pass (now {train.tokens_per_pass}; the longest row has {longest} tokens)")
-    if not train.gradient_checkpointing:
+    if train.gradient_checkpointing is not True:
         cures.append("set train.gradient_checkpointing=true")
+    proposed = [one for one in plan.forecast.choices if one.fits and not one.same_result]
+    cures += [f"set {' '.join(one.changes)} ({one.bytes / 2**30:.1f} GB)" for one in proposed]
     cures += ["lower generate.batch_rows", "take a smaller model"]
-    memory, fix = plan.forecast.memory, "; or ".join(cures)
+    fix = "; or ".join(cures)
     return Finding(
         code="memory",
         grade="error",
         title=f"The training does not fit into memory: about {memory.describe()}",
-        message=("Measured by real steps" if memory.measured else "Estimated: there was no room for a step")
-        + f" ({plan.forecast.device}). Training would be ended by the system.",
+        message=f"{how} ({plan.forecast.device}). Training would be ended by the system.",
         count=1,
         fix=f"{fix[0].upper()}{fix[1:]}.",
     )
+
+
+def read_bytes(text: str) -> int:
+    """The bytes that a user means by ``8GB``, ``8`` or ``512MB``; a GB has 2^30, as a machine's memory is told.
+
+    Raises:
+        RecipeError: it is no amount of memory.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB|M)?\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise RecipeError(f"--memory {text!r} is no amount of memory. Write it like 8GB or 512MB.")
+    unit = 1 << 20 if (found[2] or "G").upper().startswith("M") else 1 << 30
+    return round(float(found[1]) * unit)
 
 
 def tell_seconds(seconds: float) -> str:

@@ -95,6 +95,10 @@ def check(
             "time and, with train.price_per_hour, cost on this machine.",
         ),
     ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Plan for a machine with so much memory to be had, such as 8GB; implies --plan."),
+    ] = None,
 ) -> None:
     """Name every problem of the data at once, in seconds, without loading a model.
 
@@ -110,10 +114,11 @@ def check(
         try:
             subject = find_subject(what)
             checkup = check_subject(subject, max_length=max_length)
-            if plan:
+            if plan or memory is not None:
+                from ..check.plan import read_bytes
                 from ..probe import add_forecast
 
-                checkup = add_forecast(subject, checkup)
+                checkup = add_forecast(subject, checkup, room=None if memory is None else read_bytes(memory))
                 if checkup.plan is None or checkup.plan.forecast is None:
                     err.print("No steps were taken, for these rows cannot be trained on: mend the errors first.")
         except DataError as error:

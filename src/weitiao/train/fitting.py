@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from transformers import PreTrainedModel
+
 from ..data.order import share_rows, step_rows
 from ..models.adapters import base_model
 from ..recipe import Train
@@ -119,7 +121,7 @@ def largest_pass(setup: Setup, examples: Sequence[Example], weights: Sequence[fl
     return largest
 
 
-def fit_settings(
+def try_settings(
     setup: Setup,
     examples: Sequence[Example],
     weights: Sequence[float],
@@ -128,28 +130,35 @@ def fit_settings(
     room: int,
     steps: int,
     extra: int = 0,
-) -> Fit:
-    """The change of `settings` that costs the least time and fits into `room` bytes; the model is set up so.
+) -> list[Fit]:
+    """What was tried so that `settings` fit into `room` bytes, by the time it costs; the last one fits, or none does.
 
-    Smaller passes cost little, so they are tried before layers are computed once more, down to the longest row. Where
-    nothing fits, what takes the least.
+    Smaller passes cost little, so they are tried before layers are computed once more, down to the longest row. The
+    model is left as the last one has it.
     """
     base, longest = base_model(setup.trained.model), max(pass_sizes([int(lengths_of(examples).max())], settings))
     largest = largest_pass(setup, examples, weights, settings)
-    as_written = 0
+    tried: list[Fit] = []
     for now in stricter(settings) if base.supports_gradient_checkpointing else [settings]:
-        checkpoint_layers(base, now)
+        set_checkpointing(base, now)
         need = measure_need(setup, examples, now, steps=steps, extra=extra)
-        as_written = as_written or need.bytes_of(largest)
+        as_written = tried[0].as_written if tried else need.bytes_of(largest)
         tokens = largest
         if settings.packing and need.bytes_of(largest) > room:
             tokens = max(longest, need.tokens_in(room) // ROUND_TOKENS * ROUND_TOKENS)
         if tokens < min(largest, settings.tokens_per_pass):
             now = now.model_copy(update={"tokens_per_pass": tokens})
-        fit = Fit(settings=now, bytes=need.bytes_of(min(tokens, largest)), as_written=as_written, room=room)
-        if fit.fits:
+        tried.append(Fit(settings=now, bytes=need.bytes_of(min(tokens, largest)), as_written=as_written, room=room))
+        if tried[-1].fits:
             break
-    return fit
+    return tried
+
+
+def set_checkpointing(base: PreTrainedModel, settings: Train) -> None:
+    """Have the layers of `base` computed once more as `settings` say, whatever was said before."""
+    if base.supports_gradient_checkpointing:
+        base.activation_checkpointing_disable()
+    checkpoint_layers(base, settings)
 
 
 def fit_to_memory(
@@ -172,9 +181,9 @@ def fit_to_memory(
     room = _room(ranks, setup)
     if _PLENTY * plan.memory_bytes <= room:
         return settings
-    fit = fit_settings(setup, examples, weights, settings, room=room, steps=plan.steps, extra=extra)
+    fit = try_settings(setup, examples, weights, settings, room=room, steps=plan.steps, extra=extra)[-1]
     fit = max(ranks.gather(fit), key=lambda one: (strictness(one.settings), -one.settings.tokens_per_pass))
-    checkpoint_layers(base_model(setup.trained.model), fit.settings)
+    set_checkpointing(base_model(setup.trained.model), fit.settings)
     if changes := fit.changes(settings):
         say(describe_fit(fit, changes, str(device)))
     elif not fit.fits:
