@@ -11,7 +11,7 @@ import sys
 import torch
 
 from prefix_models import tiny
-from tuned_models import METHODS, eight_rows, settings_for
+from tuned_models import LEARNT_TOKENS, METHODS, eight_rows, settings_for
 from weitiao.generate.engine import Sampling, generate
 from weitiao.launch import read_launch
 from weitiao.models.adapters import base_model
@@ -74,6 +74,8 @@ def main() -> None:
     with joined(read_launch()) as ranks:
         for family in sys.argv[1:]:
             for name, method in METHODS.items():
+                if name in LEARNT_TOKENS:
+                    continue  # refused
                 for kind, (dtype, changed, tolerance) in KINDS.items():
                     if kind and (family != "qwen2" or (kind == "int8" and name in ("full", "freeze", "pissa"))):
                         continue

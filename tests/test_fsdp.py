@@ -21,14 +21,16 @@ from rich.console import Console
 from launching import PATIENCE_SECONDS, agree, kill, lines_of, run_of, start, train, wait_for_step, write_recipe
 from prefix_models import tiny
 from weitiao.errors import RunError
+from weitiao.models.adapters import base_model
 from weitiao.models.own_weights import learn_weights
-from weitiao.recipe import Train, load_recipe
+from weitiao.recipe import PromptTuning, Train, load_recipe
 from weitiao.train.checkpoint import list_checkpoints
 from weitiao.train.manifest import damage_in
 from weitiao.train.model import TrainedModel, require_compiler
 from weitiao.train.ranks import ALONE, Ranks
-from weitiao.train.sharding import shard_model, spreads
+from weitiao.train.sharding import require_spreadable, shard_model, spreads
 from weitiao.tune import tune_model
+from weitiao.tuning.methods import add_adapter
 
 SPREAD = "train.shard=fsdp"
 
@@ -57,6 +59,9 @@ def test_what_weights_spread_over_processes_do_not_go_with_is_refused_at_once() 
     with pytest.raises(RunError, match=r"train\.compile=always is not for weights spread over processes"):
         require_compiler(Train(shard="fsdp", compile="always"))
     assert not spreads(Train(shard="fsdp"), ALONE)
+    tokens = add_adapter(tiny("qwen2"), PromptTuning(num_virtual_tokens=4), seed=1)
+    with pytest.raises(RunError, match="Tune by lora or"):
+        require_spreadable(base_model(tokens), Train(shard="fsdp"), torch.device("cpu"))
     learning = learn_weights(tiny("qwen2"), [name for name, _ in tiny("qwen2").named_parameters()])
     trained, two = TrainedModel(learning, packing=True), Ranks(size=2)
     with pytest.raises(RunError, match=r"train\.optimiser=adafactor is not for weights spread over processes"):

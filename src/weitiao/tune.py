@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from .contract import Contract
@@ -22,8 +23,8 @@ from .evaluate.best import OVERALL, rehearse
 from .evaluate.slices import count_labels
 from .evaluate.user_metrics import UserMetric, copy_metric_files, load_metrics
 from .launch import Launch, read_launch
-from .models.adapters import adapter_fingerprint
-from .models.opening import OpenModel
+from .models.adapters import adapter_fingerprint, base_model
+from .models.opening import OpenModel, default_device
 from .models.own_weights import computing_dtype
 from .monitor.choosing import require_packages
 from .monitor.following import following
@@ -37,7 +38,7 @@ from .train.loop import Outcome, train
 from .train.ranks import Ranks, joined
 from .train.resuming import LATEST, named_checkpoint
 from .train.scoring import OnScore
-from .train.sharding import spreads
+from .train.sharding import require_spreadable, spreads
 from .train.switches import require_switches
 
 _VOLATILE = {
@@ -156,6 +157,8 @@ def _tune(
     # a model that is to be spread may not fit onto one GPU: each process takes its part of it from there
     device = "cpu" if spreads(recipe.train, ranks) else None
     prepared = prepare(recipe, console=console, dataset=dataset, device=device)
+    if spreads(recipe.train, ranks):
+        require_spreadable(base_model(prepared.model), recipe.train, torch.device(default_device()))
     dataset, opened = prepared.dataset, prepared.opened
     reading = describe_sources([(source.path, read_options(source, recipe.data)) for source in recipe.data.train])
     metrics = load_metrics(recipe.evaluate.metrics)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError, RunError
 from ..models.own_weights import changed_weights_of, computing_dtype
+from ..models.prompt_tuning import prompt_encoder_of
 from ..recipe import Train
 from ..tuning.pace import pace_of, set_pace
 from .ranks import Ranks
@@ -45,26 +46,10 @@ def shard_model(root: nn.Module, model: PreTrainedModel, settings: Train, ranks:
         device: where each computes.
 
     Raises:
-        ModelError: the model does not say what its layers are.
-        RunError: weights that learn would need a loss scale, or are moved by another optimiser than AdamW.
+        ModelError, RunError: as `require_spreadable` does.
     """
-    layers = layers_of(model)
-    if not layers:
-        raise ModelError(
-            f"{type(model).__name__} does not say what its layers are, so it cannot be spread over processes. Set "
-            f"train.shard: none."
-        )
-    own = changed_weights_of(model) is not None
-    if own and device.type == "cuda" and computing_dtype(model) == torch.float16:
-        raise RunError(
-            "Weights that learn in float16 need a loss scale, which is not kept for weights spread over processes. "
-            "Set model.dtype: bfloat16, or train.shard: none."
-        )
-    if own and settings.optimiser != "adamw":
-        raise RunError(
-            f"train.optimiser={settings.optimiser} is not for weights spread over processes. Set train.optimiser: "
-            f"adamw, whose state is spread with them, or train.shard: none."
-        )
+    require_spreadable(model, settings, device)
+    layers, own = layers_of(model), changed_weights_of(model) is not None
     whole = set() if own else {parameter for parameter in root.parameters() if parameter.requires_grad}
     for parameter in whole:
         parameter.data = parameter.data.to(device)
@@ -79,6 +64,38 @@ def shard_model(root: nn.Module, model: PreTrainedModel, settings: Train, ranks:
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
     for name, parameter in root.named_parameters():
         set_pace(parameter, paces[name])
+
+
+def require_spreadable(model: PreTrainedModel, settings: Train, device: torch.device) -> None:
+    """Return when `model`, with what learns in place, can be spread over processes that compute on `device`.
+
+    Raises:
+        ModelError: it does not say what its layers are.
+        RunError: something learns that cannot be learnt so; the sentence says what instead.
+    """
+    if not layers_of(model):
+        raise ModelError(
+            f"{type(model).__name__} does not say what its layers are, so it cannot be spread over processes. Set "
+            f"train.shard: none."
+        )
+    if prompt_encoder_of(model) is not None:
+        raise RunError(
+            "Learnt tokens (method.name ptuning_v1 and prompt_tuning) learn through the keys and values inside of the "
+            "layers, and these are taken apart by then where weights are spread over processes. Tune by lora or "
+            "ptuning_v2, or set train.shard: none."
+        )
+    if changed_weights_of(model) is None:
+        return
+    if device.type == "cuda" and computing_dtype(model) == torch.float16:
+        raise RunError(
+            "Weights that learn in float16 need a loss scale, which is not kept for weights spread over processes. "
+            "Set model.dtype: bfloat16, or train.shard: none."
+        )
+    if settings.optimiser != "adamw":
+        raise RunError(
+            f"train.optimiser={settings.optimiser} is not for weights spread over processes. Set train.optimiser: "
+            f"adamw, whose state is spread with them, or train.shard: none."
+        )
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
