@@ -18,12 +18,11 @@ import argparse
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from machine import describe_machine
+from machine import describe_machine, seconds
 from peft import LoraConfig, get_peft_model
 
 from weitiao.models.adapter_set import AdapterSet
@@ -82,10 +81,10 @@ def with_clients(
 
 
 def seconds_of(run: Callable[[], None]) -> float:
-    """Wall clock: the worker computes in a thread of its own."""
-    start = time.perf_counter()
+    """How long it takes: the processor's time of all threads where torch has one thread, else as the clock says."""
+    start = seconds()
     run()
-    return time.perf_counter() - start
+    return seconds() - start
 
 
 def main() -> int:
@@ -119,9 +118,9 @@ def main() -> int:
             alone = prompts[: args.alone_requests]
             spent[0] += seconds_of(lambda alone=alone: one_at_a_time(models, alone, args.tokens))
         rates = {}
-        for count, seconds in spent.items():
+        for count, taken in spent.items():
             answered = args.requests if count > 1 else args.alone_requests
-            rates[count] = args.turns * answered * args.tokens / seconds
+            rates[count] = args.turns * answered * args.tokens / taken
         print(describe_machine(), f"; {torch.get_num_threads()} threads")
         print(f"{args.model}, {opened.model.dtype}, {args.requests} requests, prompts of {len(prompts[0])} tokens, "
               f"{args.tokens} new ones")  # fmt: skip
@@ -134,11 +133,8 @@ def main() -> int:
             taken = seconds_of(lambda names=adapters: with_clients(worker, prompts, args.tokens, 16, names))
             print(f"16 clients, {len(adapters)} adapter(s): {args.requests * args.tokens / taken:8.1f} tokens/s")
         worker.close()
-        start = time.perf_counter()
-        for _ in range(50):
-            models.choose("one")
-            models.choose("two")
-        print(f"choosing another adapter: {(time.perf_counter() - start) * 10:.2f} ms")
+        taken = seconds_of(lambda: [models.choose(name) for _ in range(50) for name in ("one", "two")] and None)
+        print(f"choosing another adapter: {taken * 10:.2f} ms")
     return 0 if rates[32] >= WANTED_RATIO * rates[0] else 1
 
 
