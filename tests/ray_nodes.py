@@ -29,6 +29,7 @@ def two_nodes(cpus: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     finally:
         process.stdin.close()
         process.wait(timeout=60)
+        process.stdout.close()
 
 
 def main() -> None:
