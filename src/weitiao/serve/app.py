@@ -13,6 +13,7 @@ from fastapi import FastAPI, Query
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.telemetry import TelemetryConfig
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -66,6 +67,15 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": said, "content": {"application/json": {"schema": _ERROR}}}
     for status, said in _STATUSES.items()
 }
+_NO_TELEMETRY: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+"""FastAPI would hand spans, figures and errors, texts of requests among them, to whatever collector the environment
+names."""
 # nothing is loaded from elsewhere, nothing runs inline, and no other page may frame it
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
@@ -125,6 +135,7 @@ def make_app(
         middleware=[*middleware, Middleware(Guard, keys=keys, bounds=bounds or Bounds())],
         responses=_RESPONSES,
         redirect_slashes=False,
+        telemetry=_NO_TELEMETRY,
     )
     _add_errors(app)
     _add_openai_routes(app, server, embedder)

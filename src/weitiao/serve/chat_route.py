@@ -136,11 +136,11 @@ class ChatReply:
             return {**message, "content": None, "refusal": event.refusal}, event.finish
         if not calls:
             return message, event.finish
+        if self.request.one_call:  # there is room for one: the others stay text
+            text, calls = write_calls(text, calls[1:]) if calls[1:] else text, calls[:1]
         message["content"] = text or None
         if self.request.functions is not None:
-            call, *others = calls
-            if others:  # the old protocol has room for one call: the others stay text
-                message["content"] = write_calls(text, others)
+            call = calls[0]
             arguments = json.dumps(call.arguments, ensure_ascii=False)
             return {**message, "function_call": {"name": call.name, "arguments": arguments}}, "function_call"
         return {**message, "tool_calls": describe_calls(calls)}, "tool_calls"

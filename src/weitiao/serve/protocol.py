@@ -201,6 +201,11 @@ class ChatRequest(SamplingShape):
         """Most tokens of the answer that were asked for, by the new name or the old one."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
+    @property
+    def one_call(self) -> bool:
+        """Whether a reply may call one tool at most."""
+        return self.functions is not None or self.parallel_tool_calls is False
+
     @model_validator(mode="after")
     def _consistent_chat(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:

@@ -106,7 +106,8 @@ class ServedModel:
         if forced:
             name = chosen.function.name if isinstance(chosen, NamedTool) else None
             name = chosen.name if isinstance(chosen, NamedFunction) else name
-            grammar = self._calls_grammar(conversation.tools, name)
+            single = name is not None or request.one_call
+            grammar = self._calls_grammar(conversation.tools, name, single=single)
         elif isinstance(formed, JsonObjectFormat):
             grammar = _schema_grammar({"type": "object"})
         elif isinstance(formed, JsonSchemaFormat):
@@ -241,8 +242,8 @@ class ServedModel:
     def _compiler(self) -> ConstraintCompiler:
         return compiler_of(self.opened.renderer, self.opened.model.config.get_text_config().vocab_size)
 
-    def _calls_grammar(self, tools: Tools, name: str | None) -> str:
-        """The grammar of one call or more of `tools`, or of the one called `name`."""
+    def _calls_grammar(self, tools: Tools, name: str | None, *, single: bool) -> str:
+        """The grammar of one call or, unless `single`, more of `tools`, or of the one called `name`."""
         if not self.calls_in_tags(tools):
             raise bad_request(
                 f"{self.name} writes calls in words of its own, to which answers cannot be held yet. Set tool_choice "
@@ -261,7 +262,7 @@ class ServedModel:
         one = " | ".join(f"call_{place}" for place in range(len(calls)))
         rules = [f"call_{place}: {call}" for place, call in enumerate(calls)]
         several = "(" + one + ') ("\\n" (' + one + ")){0,7}"
-        return "\n".join([f"start: {several if name is None else one}", *rules])
+        return "\n".join([f"start: {one if single else several}", *rules])
 
 
 def _record(
