@@ -43,6 +43,9 @@ OPTIMISERS = [
     )
     for name in ("adamw", *NEEDED, "adafactor", "muon", "schedule_free_adamw")
 ]
+KINDS = [one for one in OPTIMISERS if not str(one.values[0]).startswith("paged")]
+"""Those that differ where there is no GPU."""
+
 IN_BACKWARD = {"update_in_backward": True, "max_grad_norm": None}
 
 
@@ -70,10 +73,9 @@ def learnt(setup: Setup) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_every_optimiser_learns_at_the_learning_rates_of_adamw(optimiser: str) -> None:
-    for name in ("lora", "full"):
-        settings = settings_of(name, optimiser=optimiser)
-        losses = learn(ready(name, settings), eight_rows("qwen2"), settings, steps=40)
-        assert losses[-1] < 0.2 * losses[0], name
+    settings = settings_of("lora", optimiser=optimiser)
+    losses = learn(ready("lora", settings), eight_rows("qwen2"), settings, steps=20)
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
@@ -142,7 +144,7 @@ def weights_at(run: RunFolder, step: int) -> bytes:
 @pytest.mark.parametrize(
     ("optimiser", "switches"),
     [
-        *(pytest.param(*one.values, {}, marks=one.marks, id=str(one.values[0])) for one in OPTIMISERS),
+        *(pytest.param(*one.values, {}, marks=one.marks, id=str(one.values[0])) for one in KINDS),
         pytest.param("adafactor", IN_BACKWARD, id="adafactor in the backward pass"),
         pytest.param("schedule_free_adamw", IN_BACKWARD, id="schedule_free_adamw in the backward pass"),
     ],
@@ -184,7 +186,7 @@ def test_schedule_free_is_scored_and_saved_at_the_average_and_learns_on_as_if_it
 
 
 @pytest.mark.parametrize("tokens_per_pass", [4096, 40], ids=["one pass", "several"])
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("optimiser", KINDS)
 def test_updates_in_the_backward_pass_end_in_the_weights_of_those_after_it(
     optimiser: str, tokens_per_pass: int
 ) -> None:
@@ -193,7 +195,7 @@ def test_updates_in_the_backward_pass_end_in_the_weights_of_those_after_it(
         settings = settings_of("full", optimiser=optimiser, weight_decay=0.1, tokens_per_pass=tokens_per_pass)
         settings = settings.model_copy(update=switches)
         setup = ready("full", settings)
-        losses = learn(setup, eight_rows("qwen2"), settings, steps=4)
+        losses = learn(setup, eight_rows("qwen2"), settings, steps=3)
         found.append((losses, learnt(setup)))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
