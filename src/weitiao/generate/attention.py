@@ -143,9 +143,12 @@ class Chunks:
 
 @contextmanager
 def attending_by_rows(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Within this the model attends by rows; after it, as before."""
+    """Within this the model attends by rows; after it, as before. Costs milliseconds, and nothing inside another."""
     base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
     before = base.config._attn_implementation
+    if before == ROWS:
+        yield
+        return
     base.set_attn_implementation(ROWS)
     try:
         yield

@@ -84,11 +84,12 @@ class AdapterSet:
             parameter.data = own_values
         if self._peft is not None:
             tuner: Any = self._peft.base_model
-            if name in self._peft_names:
-                tuner.enable_adapter_layers()
-                self._peft.set_adapter(self._peft_names[name], inference_mode=True)
-            else:
+            if name not in self._peft_names:
                 tuner.disable_adapter_layers()
+            else:
+                if self._chosen not in self._peft_names:
+                    tuner.enable_adapter_layers()
+                self._peft.set_adapter(self._peft_names[name], inference_mode=True)
         self._chosen = name
 
     def _add_own(self, name: str, folder: Path) -> None:

@@ -24,6 +24,7 @@ from random import Random
 
 import torch
 
+from ..generate.attention import attending_by_rows
 from ..generate.batch import Batch
 from ..generate.engine import check_model
 from ..generate.heads import HeadStore
@@ -186,7 +187,10 @@ class Worker:
     def _live(self) -> None:
         try:
             while self._prepare():
-                self._turn()
+                with attending_by_rows(self.models.model):  # once for many steps
+                    self._turn()
+                    while self._prepare(waiting=False):
+                        self._turn()
         except BaseException as error:
             self._death = f"The worker has ended by an error of its own: {type(error).__name__}: {error}."
             raise
@@ -201,8 +205,11 @@ class Worker:
                         self._fail(running.ticket, reason, "error" if self._death else "shutdown")
                 self._running.clear()
 
-    def _prepare(self) -> bool:
-        """Wait for something to do, let go what was cancelled, take in what has room; False at the end."""
+    def _prepare(self, *, waiting: bool = True) -> bool:
+        """Let go what was cancelled, take in what has room, wait where there is nothing to do; False at the end.
+
+        Not `waiting`: False where there is nothing to do.
+        """
         while True:
             self._let_go()
             while (ticket := self._next()) is not None:
@@ -213,6 +220,8 @@ class Worker:
                     return False
                 if busy:
                     return True
+                if not self._queue and not waiting:
+                    return False
                 if not self._queue:
                     self._batches.clear()  # an idle worker holds no cache
                     self._cache_bytes = 0
