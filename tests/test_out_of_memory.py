@@ -17,6 +17,7 @@ from rich.console import Console
 
 from launching import PATIENCE_SECONDS, furthest, lines_of, run_of, train, write_recipe
 from weitiao.errors import RunError
+from weitiao.evaluate import predict as predict_module
 from weitiao.models.out_of_memory import ran_out_of_memory
 from weitiao.recipe import Recipe, Train, load_recipe, make_recipe
 from weitiao.runs import RunFolder
@@ -190,6 +191,27 @@ def test_memory_that_runs_out_in_the_update_is_no_matter_of_passes(
         run(recipe_of("update"))
 
 
+def test_scoring_asks_fewer_rows_together_where_memory_runs_out(
+    recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("data.held_out=0.3", "train.evaluate_rows=0")
+    plain, _ = run(recipe_of("plain", *words))
+    reply_all, asked = predict_module.reply_all, []
+
+    def limited(*known: Any, max_rows: int, **more: Any) -> Any:
+        asked.append(max_rows)
+        if max_rows > 2:
+            raise GPU_ERROR
+        return reply_all(*known, max_rows=max_rows, **more)
+
+    monkeypatch.setattr(predict_module, "reply_all", limited)
+    fewer, said = run(recipe_of("fewer", *words))
+    assert asked[-1] in (1, 2) and asked.count(asked[-1]) == 2, "kept for the second scoring"
+    assert f"from here on they are {asked[-1]} (generate.batch_rows)" in said
+    assert weights(fewer) == weights(plain)
+    assert [line["overall"] for line in lines_of(fewer, "dev")] == [line["overall"] for line in lines_of(plain, "dev")]
+
+
 def test_errors_of_memory_are_known() -> None:
     for error in (GPU_ERROR, CPU_ERROR, MemoryError(), RuntimeError("CUDA error: out of memory\nCUDA kernel errors")):
         assert ran_out_of_memory(error)
@@ -231,7 +253,7 @@ take_step, gone = loop.take_step, []
 def limited(*known):
     if not gone:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20), resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (used + (120 << 20), resource.RLIM_INFINITY))
         gone.append(None)
     result = take_step(*known)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -242,15 +264,15 @@ loop.take_step = limited
 
 
 def test_a_process_that_the_system_gives_no_more_memory_goes_on(tmp_path: Path, tiny_qwen2_folder: Path) -> None:
-    write_recipe(tmp_path, tiny_qwen2_folder, epochs=2, batch_size=96, tokens_per_pass=100_000, evaluate_every="never")
-    rows = [{"text": f"{number}" + "球门网队" * 60, "label": "是" if number % 2 else "否"} for number in range(96)]
+    write_recipe(tmp_path, tiny_qwen2_folder, epochs=1, batch_size=32, tokens_per_pass=100_000, evaluate_every="never")
+    rows = [{"text": f"{number}" + "球门网队" * 60, "label": "是" if number % 2 else "否"} for number in range(32)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     said = drive(tmp_path, LIMITED, "train.shared_prompts=never")
     line = next(line for line in said.splitlines() if "memory ran out" in line)
     assert "DefaultCPUAllocator: can't allocate memory" in line
     halved = RunFolder(tmp_path / "runs/whole")
     kept = read_progress(list_checkpoints(halved)[-1]).fitted["tokens_per_pass"]
-    assert kept < 50_000
+    assert kept < 20_000
     run(load_recipe("recipe.yaml", ["name=small", "train.shared_prompts=never", f"train.tokens_per_pass={kept}"]))
     assert weights(halved) == weights(RunFolder(tmp_path / "runs/small"))
 

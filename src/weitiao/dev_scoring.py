@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel
 
+from .data.record import Record
 from .decoding import sampling_of
+from .errors import RunError
 from .evaluate.best import choose_figure
 from .evaluate.predict import Answerer, as_prediction, read_reply
 from .evaluate.prediction import Prediction
@@ -17,12 +19,15 @@ from .evaluate.user_metrics import UserMetric, measure_rows
 from .generate.chat import Reply
 from .generate.engine import cache_bytes
 from .models.adapters import base_model
+from .models.out_of_memory import give_memory_back, ran_out_of_memory
+from .models.sources import first_line
 from .preparation import Prepared
 from .recipe import Recipe
 from .runs import Sample
+from .tasks.base import Task
 from .train.ranks import ALONE, Ranks
 from .train.scoring import OnEval, Scoring
-from .train.sharding import in_company
+from .train.sharding import in_company, is_spread
 
 _SAMPLES_PER_TASK = 3
 """Enough to see what changes from scoring to scoring; the report of an evaluation shows all rows."""
@@ -42,18 +47,26 @@ def scoring_bytes(recipe: Recipe, prepared: Prepared) -> int:
 
 
 def make_on_eval(
-    recipe: Recipe, prepared: Prepared, metrics: Sequence[UserMetric] = (), *, ranks: Ranks = ALONE
+    recipe: Recipe,
+    prepared: Prepared,
+    metrics: Sequence[UserMetric] = (),
+    *,
+    ranks: Ranks = ALONE,
+    say: Callable[[str], None] = lambda _: None,
 ) -> OnEval | None:
     """What the loop calls to score the dev rows: the same asking and scoring as `evaluate_run`.
 
     `metrics` are the user's own, which may choose the best checkpoint. Each of `ranks` asks for a share of the
-    rows, and the first scores them all. None when no rows are scored.
+    rows, and the first scores them all. Where memory runs out, half as many are asked together from then on, and `say`
+    is told. None when no rows are scored.
     """
     places = prepared.scored(recipe.train)
     records = [prepared.dev_rows.records[place] for place in places]
     tasks = [prepared.dev_task(place) for place in places]
     if not records:
         return None
+
+    fewer = FewerRows(recipe.generate.batch_rows, say)
 
     def on_eval(model: PreTrainedModel) -> Scoring:
         answerer = Answerer(
@@ -66,7 +79,7 @@ def make_on_eval(
         )
         own = range(ranks.rank, len(records), ranks.size)
         with in_company(model, ranks):
-            answered = list(answerer.answer([records[place] for place in own], [tasks[place] for place in own]))
+            answered = fewer.answer(answerer, [records[place] for place in own], [tasks[place] for place in own])
         gathered = ranks.gather([replace(reply, index=own[reply.index]) for reply in answered])
         return ranks.by_first(lambda: score([reply for replies in gathered for reply in replies]))
 
@@ -86,6 +99,42 @@ def make_on_eval(
         )
 
     return on_eval
+
+
+class FewerRows:
+    """Asks for answers, half as many together whenever memory runs out; each answer stays the same but for rounding."""
+
+    def __init__(self, batch_rows: int, say: Callable[[str], None]) -> None:
+        """At first `batch_rows` together; `say` is told when they become fewer."""
+        self.batch_rows = batch_rows
+        self._say = say
+
+    def answer(self, answerer: Answerer, records: Sequence[Record], tasks: Sequence[Task]) -> list[Reply]:
+        """The replies to `records`.
+
+        Raises:
+            RunError: memory runs out with one row too, or where processes answer in step with each other.
+        """
+        while True:
+            try:
+                return list(replace(answerer, batch_rows=self.batch_rows).answer(records, tasks))
+            except (MemoryError, RuntimeError) as error:
+                if not ran_out_of_memory(error):
+                    raise
+                why = first_line(error)
+            give_memory_back()
+            was = min(self.batch_rows, len(records))
+            if was <= 1 or is_spread(answerer.model):
+                raise RunError(
+                    f"Memory ran out while {was} rows were answered together ({why}). Lower generate.batch_rows (now "
+                    f"{self.batch_rows}), generate.max_new_tokens or data.max_length, or set "
+                    f"train.evaluate_every=never and score the run elsewhere."
+                )
+            self.batch_rows = was // 2
+            self._say(
+                f"Memory ran out while {was} rows were answered together ({why}); from here on they are "
+                f"{self.batch_rows} (generate.batch_rows)."
+            )
 
 
 def samples_of(predictions: Sequence[Prediction], per_task: int = _SAMPLES_PER_TASK) -> tuple[Sample, ...]:

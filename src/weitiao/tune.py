@@ -193,7 +193,7 @@ def _tune(
             run=run,
             tasks=prepared.train_tasks,
             dev_tasks=prepared.dev_tasks,
-            on_eval=make_on_eval(recipe, prepared, metrics, ranks=ranks),
+            on_eval=make_on_eval(recipe, prepared, metrics, ranks=ranks, say=partial(console.print, soft_wrap=True)),
             on_score=on_score,
             scoring_bytes=scoring_bytes(recipe, prepared),
             followers=followers,
