@@ -263,6 +263,7 @@ loop.take_step = limited
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_the_system_gives_no_more_memory_goes_on(tmp_path: Path, tiny_qwen2_folder: Path) -> None:
     write_recipe(tmp_path, tiny_qwen2_folder, epochs=1, batch_size=32, tokens_per_pass=100_000, evaluate_every="never")
     rows = [{"text": f"{number}" + "球门网队" * 60, "label": "是" if number % 2 else "否"} for number in range(32)]
