@@ -174,7 +174,7 @@ _LEARNING_RATES: dict[str, float] = {
     "prompt_tuning": 0.3,
     "freeze": 1e-4,
     "full": 3e-5,
-    "ia3": 1e-2,
+    "ia3": 5e-2,
 }
 """What `train.learning_rate` is where the recipe leaves it out, for methods that LoRA's does not suit."""
 
