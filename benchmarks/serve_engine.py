@@ -133,7 +133,10 @@ def main() -> int:
             taken = seconds_of(lambda names=adapters: with_clients(worker, prompts, args.tokens, 16, names))
             print(f"16 clients, {len(adapters)} adapter(s): {args.requests * args.tokens / taken:8.1f} tokens/s")
         worker.close()
-        taken = seconds_of(lambda: [models.choose(name) for _ in range(50) for name in ("one", "two")] and None)
+        start = seconds()
+        for name in ("one", "two") * 50:
+            models.choose(name)
+        taken = seconds() - start
         print(f"choosing another adapter: {taken * 10:.2f} ms")
     return 0 if rates[32] >= WANTED_RATIO * rates[0] else 1
 
