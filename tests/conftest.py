@@ -5,6 +5,7 @@
     tiny_gemma3_folder    a base model with sliding-window attention, <bos> before every text
     tiny_gemma2_folder    the same, its attention scores soft-capped: packed rows are beyond it
     sample_rows           a .jsonl file of two dozen rows: labels and triples
+    tuned_run             a run of tiny_qwen2_folder, tuned for one epoch to two tasks, with dev rows
     one_thread            torch computes with one thread
     starter_folder_or_skip, shared_or_skip    the starter model, the project's shared folder; skip where absent
 
@@ -222,3 +223,11 @@ def sample_rows(tmp_path: Path) -> Path:
 def _row(question: str, text: str, target: str) -> str:
     context = f"Instruction: 请回答问题。\nInput: {question}\n\n{text}\nAnswer: "
     return json.dumps({"context": context, "target": target}, ensure_ascii=False) + "\n"
+
+
+@pytest.fixture(scope="session")
+def tuned_run(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2_folder: Path) -> Path:
+    """A run hardly tuned to extract people and towns and to label; not to be changed: copy it."""
+    from served_models import make_run
+
+    return make_run(tmp_path_factory.mktemp("tuned"), tiny_qwen2_folder)

@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 
 from command_line import light_training, succeed, write_rows
 from weitiao.serve.app import make_app
+from weitiao.serve.embeddings import Embedder
 from weitiao.serve.guard import Bounds
 from weitiao.serve.keys import Keys
 from weitiao.serve.limits import Limits
@@ -34,7 +35,9 @@ def rows() -> list[dict[str, Any]]:
         for town in TOWNS:
             text = f"去年{name}搬到了{town}。"
             facts = json.dumps([{"人": name, "城": town}], ensure_ascii=False)
-            found.append({"context": f"Instruction: 回答。\nInput: 谁搬到了哪里？\n\n{text}\nAnswer: ", "target": facts})
+            found.append(
+                {"context": f"Instruction: 回答。\nInput: 谁搬到了哪里？\n\n{text}\nAnswer: ", "target": facts}
+            )
             label = json.dumps(["南方" if town == "上海" else "北方"], ensure_ascii=False)
             found.append({"context": f"Instruction: 回答。\nInput: 在哪一边？\n\n{text}\nAnswer: ", "target": label})
     return found
@@ -60,11 +63,16 @@ def serving(
     bounds: Bounds | None = None,
     limits: Limits | None = None,
     drain: float = 0.0,
+    origins: Sequence[str] = (),
+    hosts: Sequence[str] = ("*",),
+    embedder: Embedder | None = None,
     **options: Any,
 ) -> Iterator[tuple[str, Server]]:
     """The address of a real server on localhost, and what stands behind it."""
     server = open_server([str(target) for target in targets], limits=limits, **options)
-    app = make_app(server, keys=keys, bounds=bounds, drain_seconds=drain)
+    app = make_app(
+        server, keys=keys, bounds=bounds, origins=origins, hosts=hosts, embedder=embedder, drain_seconds=drain
+    )
     listener = Listener(app, server.worker, drain_seconds=drain)
     with socket_for("127.0.0.1", 0) as bound:
         thread = threading.Thread(target=listener.run, kwargs={"sockets": [bound]})

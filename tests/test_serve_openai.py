@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from served_models import make_run, serving
+from served_models import serving
 from weitiao.serve.server import Server
 
 HELLO = [{"role": "user", "content": "你好"}]
@@ -46,9 +46,8 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arg
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2_folder: Path) -> Iterator[tuple[str, Server]]:
-    run = make_run(tmp_path_factory.mktemp("openai"), tiny_qwen2_folder)
-    with serving(run) as address_and_server:
+def served(tuned_run: Path) -> Iterator[tuple[str, Server]]:
+    with serving(tuned_run) as address_and_server:
         yield address_and_server
 
 

@@ -127,7 +127,9 @@ class ChatReply:
             chunks.append(self._chunk(event.index, {"tool_calls": [arguments]}))
         if "function_call" in message:
             chunks.append(self._chunk(event.index, {"function_call": message["function_call"]}))
-        return [*chunks, self._chunk(event.index, {}, finish=finish)]
+        # an empty text, as many clients print what every chunk holds, and would print None
+        last = {} if calls or event.refusal else {"content": ""}
+        return [*chunks, self._chunk(event.index, last, finish=finish)]
 
     def _message(self, text: str, calls: Sequence[ToolCall], event: Ended) -> tuple[dict[str, Any], str]:
         """The assistant's message and the reason why it ended."""
