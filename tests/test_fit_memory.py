@@ -20,7 +20,7 @@ from weitiao.train import fitting
 from weitiao.train import footprint as footprint_module
 from weitiao.train import scoring as scoring_module
 from weitiao.train.checkpoint import list_checkpoints, read_progress
-from weitiao.train.fitting import try_settings, largest_pass, measure_need
+from weitiao.train.fitting import largest_pass, measure_need, try_settings
 from weitiao.train.footprint import Footprint, measure_footprint
 from weitiao.train.memory import limit_bytes
 from weitiao.train.memory_needs import gradient_bytes, needed_bytes, state_bytes
