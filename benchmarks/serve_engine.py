@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from machine import describe_machine, seconds
 from peft import LoraConfig, get_peft_model
 
 from weitiao.models.adapter_set import AdapterSet
-from weitiao.models.adapters import save_adapter
+from weitiao.models.adapters import base_model, save_adapter
 from weitiao.models.opening import open_model
 from weitiao.serve.limits import Limits
 from weitiao.serve.requests import Done, Request
@@ -105,7 +106,7 @@ def main() -> int:
     prompts = [list(opened.tokenizer(text).input_ids) for text in asked]
     with tempfile.TemporaryDirectory() as folder:
         folders = {name: make_lora(args.model, args.dtype, Path(folder) / name) for name in ("one", "two")}
-        models = AdapterSet(opened.model, folders)
+        models = AdapterSet(base_model(opened.model), folders)
         worker = Worker(models, limits=Limits(max_rows=32))
         with_clients(worker, prompts[:4], 4, 4, (None, "one", "two"))
         one_at_a_time(models, prompts[:1], 4)
@@ -114,9 +115,9 @@ def main() -> int:
         for _ in range(args.turns):
             for count in clients:
                 few = prompts if count > 1 else prompts[: args.alone_requests]
-                spent[count] += seconds_of(lambda few=few, count=count: with_clients(worker, few, args.tokens, count))
+                spent[count] += seconds_of(partial(with_clients, worker, few, args.tokens, count))
             alone = prompts[: args.alone_requests]
-            spent[0] += seconds_of(lambda alone=alone: one_at_a_time(models, alone, args.tokens))
+            spent[0] += seconds_of(partial(one_at_a_time, models, alone, args.tokens))
         rates = {}
         for count, taken in spent.items():
             answered = args.requests if count > 1 else args.alone_requests
@@ -130,7 +131,7 @@ def main() -> int:
         stats = worker.stats()
         print(f"prompt tokens copied: {stats.cached_tokens} of {stats.prompt_tokens}; steps: {stats.steps}")
         for adapters in (("one",), ("one", "two")):
-            taken = seconds_of(lambda names=adapters: with_clients(worker, prompts, args.tokens, 16, names))
+            taken = seconds_of(partial(with_clients, worker, prompts, args.tokens, 16, adapters))
             print(f"16 clients, {len(adapters)} adapter(s): {args.requests * args.tokens / taken:8.1f} tokens/s")
         worker.close()
         start = seconds()
