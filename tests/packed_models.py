@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GlmConfig,
+    GlmForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from conftest import CHATML_TEMPLATE, make_tokenizer, save_model
 from prefix_models import EOP, GMASK, MASK, SOP, VOCABULARY
@@ -57,6 +65,10 @@ def plain(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
                 Gemma3TextConfig(
                     **SIZES, **none, vocab_size=VOCABULARY, head_dim=16, sliding_window=6, layer_types=layers
                 )
+            )
+        elif family == "glm":
+            model = GlmForCausalLM(
+                GlmConfig(**SIZES, **none, vocab_size=VOCABULARY, head_dim=16, partial_rotary_factor=0.5)
             )
         else:
             model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **none, vocab_size=VOCABULARY))
