@@ -178,10 +178,13 @@ _LEARNING_RATES: dict[str, float] = {
 }
 """What `train.learning_rate` is where the recipe leaves it out, for methods that LoRA's does not suit."""
 
+_PROJECTION_RATE = 5e-3
+"""The same for P-Tuning v2 through a network."""
+
 
 def learning_rate_of(method: Any) -> float | None:
     """The learning rate that suits `method`, as a recipe has it before it is read; None where that of `Train` does."""
     settings = method if isinstance(method, Mapping) else method.model_dump() if isinstance(method, Part) else {}
-    if settings.get("projection"):  # its network learns at LoRA's rate
-        return None
+    if settings.get("projection"):
+        return _PROJECTION_RATE
     return _LEARNING_RATES.get(str(settings.get("name")))
