@@ -22,9 +22,10 @@ import psutil
 import pytest
 import typer
 import yaml
+from rich.console import Console
 
 from command_line import light_training, read_lines, refuse, succeed, write_rows
-from launching import PATIENCE_SECONDS, lines_of, run_of, write_recipe
+from launching import lines_of, run_of, write_recipe
 from ray_nodes import two_nodes
 from test_many_processes import agree
 from weitiao.apply import predict_file
@@ -35,8 +36,13 @@ from weitiao.cluster.shards import LaidAside, Parts, find_damage, join, lay_asid
 from weitiao.contract import Contract
 from weitiao.data.reading import LikeReader
 from weitiao.errors import DataError, RunError
+from weitiao.recipe import load_recipe
 from weitiao.runs import RunFolder
 from weitiao.tasks.base import Task
+from weitiao.tune import tune_model
+
+PATIENCE_SECONDS = 900
+"""A start of Ray and of its workers loads torch several times over: half a minute, or minutes on a busy machine."""
 
 LABELS = ("体育", "科技", "财经")
 TEXTS = ("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账")
@@ -250,10 +256,27 @@ def ray_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """What a failed test started is ended."""
+    yield
+    for process in _started:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+    _started.clear()
+
+
 def start(*words: object) -> subprocess.Popen[str]:
     """`weitiao WORDS` in a process of its own; what it says comes from its stdout."""
     command = [sys.executable, "-m", "weitiao", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _started.append(process)
+    return process
 
 
 def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
@@ -362,27 +385,47 @@ def test_a_prediction_goes_on_after_ctrl_c_and_after_its_own_end(work: Path, ray
     assert "2000 answers in answers.jsonl.parts/shard-*.jsonl" in said
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_gemma3_folder: Path) -> Path:
+    """A folder with a recipe of thirty steps, and runs/whole trained by one process, this one."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_recipe(folder, tiny_gemma3_folder, rows=24, epochs=10, batch_size=9, evaluate_every=10, save_every=2)
+    with pytest.MonkeyPatch.context() as patch, light_training():
+        patch.chdir(folder)
+        tune_model(load_recipe("recipe.yaml", []), console=Console(quiet=True))
+    return folder
+
+
 @pytest.mark.slow
-def test_two_workers_train_what_one_process_trains_through_ctrl_c_and_a_kill(
-    tmp_path: Path, tiny_gemma3_folder: Path, monkeypatch: pytest.MonkeyPatch, ray_environment: None
+def test_two_workers_train_what_one_process_trains_though_one_of_them_dies(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, ray_environment: None
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_recipe(tmp_path, tiny_gemma3_folder, rows=24, epochs=10, batch_size=9, evaluate_every=10, save_every=2)
-    finish(start("train", "recipe.yaml"))
-    words = ("train", "recipe.yaml", "name=spread", "--ray", "--workers", 2)
-    run = run_of(tmp_path, "spread")
+    monkeypatch.chdir(whole)
+    words = ("train", "recipe.yaml", "name=killed", "--ray", "--workers", 2)
+    run = run_of(whole, "killed")
     process = start(*words)
-    wait_for(lambda: steps_of(run) >= 4, process)
-    process.send_signal(signal.SIGINT)
-    said = finish(process, code=130)
-    assert "Go on with: weitiao train recipe.yaml name=spread --resume --ray --workers 2" in said
-    assert steps_of(run) < 30
-    process = start(*words, "--resume")
-    wait_for(lambda: steps_of(run) >= 12, process)
+    wait_for(lambda: steps_of(run) >= 8, process)
     ray_processes("ray::RayTrainWorker", process)[1].kill()
     said = finish(process)
     assert "A worker ended; all were started anew (1)." in said
     assert said.count("Done in") == 1
-    agree(run_of(tmp_path, "whole"), run)
-    assert not list((tmp_path / "runs").glob(".ray-*"))
+    agree(run_of(whole, "whole"), run)
+    assert not list((whole / "runs").glob(".ray-*"))
     assert "already holds a run" in finish(start(*words), code=2)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_a_training_on_ray_and_it_goes_on(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, ray_environment: None
+) -> None:
+    monkeypatch.chdir(whole)
+    words = ("train", "recipe.yaml", "name=stopped", "--ray", "--workers", 2)
+    run = run_of(whole, "stopped")
+    process = start(*words)
+    wait_for(lambda: steps_of(run) >= 4, process)
+    process.send_signal(signal.SIGINT)
+    said = finish(process, code=130)
+    assert "Go on with: weitiao train recipe.yaml name=stopped --resume --ray --workers 2" in said
+    assert steps_of(run) < 30
+    finish(start(*words, "--resume"))
+    agree(run_of(whole, "whole"), run)

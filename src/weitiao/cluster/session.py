@@ -22,9 +22,10 @@ LOCAL = "local"
 _OBJECT_STORE_BYTES = 100 << 20
 """Rows and answers go through files, so that little goes through here."""
 
-_QUIET = {
+_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do in time; until then it warns
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a busy machine takes more than Ray's 60 to load torch
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # recipes name files relative to where the command was given
 }
 
@@ -69,7 +70,7 @@ def joined_cluster(address: str | None, *, workers: int | None, said: Path) -> I
         RunError: Ray is not installed, or there is no such cluster.
     """
     require_ray()
-    for name, value in _QUIET.items():
+    for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS") or LOCAL
     own = address == LOCAL

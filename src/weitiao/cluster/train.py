@@ -6,6 +6,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 import time
@@ -27,6 +28,8 @@ MAX_FAILURES = 3
 """So often workers are started anew before the training is given up."""
 
 _LOOK_SECONDS = 0.3
+_PATIENCE_SECONDS = 120.0
+"""So long without a worker until that is told."""
 
 
 def train_on_ray(
@@ -110,7 +113,7 @@ def _train(trainer: Any, exchange: Exchange, stops: StopSignals, console: Consol
             failures.append(lines[-1] if lines else type(error).__name__)
 
     thread = threading.Thread(target=fit, name="weitiao-ray-train", daemon=True)
-    told = False
+    told, waiting = False, time.monotonic() + _PATIENCE_SECONDS
     shown = 0
     with stops.deferring():
         thread.start()
@@ -119,6 +122,10 @@ def _train(trainer: Any, exchange: Exchange, stops: StopSignals, console: Consol
             shown = _show(exchange.said, shown, console)
             if not running:
                 return failures[0] if failures else ""
+            if time.monotonic() > waiting and not exchange.starts.exists():
+                waiting = math.inf
+                note = "note: still waiting for the workers to start; ray status shows who has the cluster."
+                console.print(note, soft_wrap=True)
             if stops.asked and not told:
                 told = True
                 exchange.ask_to_stop(stops.asked)
