@@ -3,7 +3,9 @@
     python benchmarks/roofline.py --rows ../shared/data/spo_and_topics/train.jsonl
 
 Starter model, LoRA and batches as by default; the same steps with eager and with compiled layers, as many threads as
-OMP_NUM_THREADS says; with one, the processor's time is counted, whatever else runs on the machine. The peak is that of
+OMP_NUM_THREADS says; with one, the processor's time is counted, whatever else runs on the machine. Sides named
+"-before" take the same steps with all logits of some positions at once, and LoRA's products added one by one: what
+the step falls back to where the faster ways do not apply. The peak is that of
 the fastest bfloat16 product of several shapes. Only products that the loss and its gradient need are counted: the body
 forward and its input gradients, LoRA's weight gradients, attention's visible scores, the head at learnt tokens; not
 what is computed again, nor what fills passes up.
@@ -18,9 +20,10 @@ import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from machine import describe_machine
@@ -30,6 +33,7 @@ from train_speed import ROWS
 from train_speed_rows import plan_steps, read_token_rows
 
 from weitiao.models.attention import packed_attention
+from weitiao.models.lora_layers import LoraLinear
 from weitiao.models.opening import open_model
 from weitiao.models.starter import starter_folder
 from weitiao.recipe import Lora, Train
@@ -39,6 +43,7 @@ from weitiao.train.loss import head_of, supervised_loss
 from weitiao.train.step import Setup, set_up, step_batches
 from weitiao.tuning.methods import add_adapter
 
+SIDES = ("eager-before", "eager", "compiled-before", "compiled")
 PHASES = ("layout", "body forward", "head and loss", "body backward", "optimiser")
 INSIDE = ("attention forward", "attention backward", "products forward", "products backward")
 
@@ -86,6 +91,15 @@ def run_step(setup: Setup, rows: Sequence[Example], settings: Train, watch: Stop
         setup.scheduler.step()
         setup.optimiser.zero_grad(set_to_none=True)
     return batches
+
+
+@contextmanager
+def without_faster_ways() -> Iterator[None]:
+    """Within this the step computes as if its faster ways did not apply to the model."""
+    with ExitStack() as changes:
+        changes.enter_context(patch.object(LoraLinear, "_is_bare", lambda *_: False))
+        changes.enter_context(patch("weitiao.train.loss.loss_by_blocks", lambda *_, **__: None))
+        yield
 
 
 def windows_of(model: nn.Module) -> list[int]:
@@ -160,8 +174,9 @@ def count_flop(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
     }
 
 
-def measure(options: argparse.Namespace, *, compiled: bool, peak: float) -> float:
+def measure(options: argparse.Namespace, *, side: str, peak: float) -> float:
     """Print the table of one side; the share of the peak that its steps reach."""
+    compiled = side.startswith("compiled")
     opened = open_model(str(options.model), dtype="bfloat16")
     model = add_adapter(opened.model, Lora(), seed=0)  # type: ignore[arg-type]
     settings = Train(learning_rate=1e-4)
@@ -193,7 +208,7 @@ def measure(options: argparse.Namespace, *, compiled: bool, peak: float) -> floa
     whole = sum(seconds[name] for name in PHASES)
     needed = sum(counted.get(name, 0.0) for name in PHASES)
     print(
-        f"\n{'compiled' if compiled else 'eager'} layers: {num_tokens / options.steps / whole:.0f} tokens/s, steps of "
+        f"\n{side}: {num_tokens / options.steps / whole:.0f} tokens/s, steps of "
         f"{num_tokens / options.steps:.0f} tokens ({num_filled / options.steps:.0f} computed)\n"
     )
     print("| phase | ms | of the step | GFLOP | GFLOP/s | of the peak |\n|---|---|---|---|---|---|")
@@ -236,14 +251,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None, help="default: the starter model")
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--sides", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     options = parser.parse_args()
     options.model = options.model or starter_folder()
     peak = matrix_peak()
     print(
         f"{describe_machine()}\n{torch.get_num_threads()} threads, matrix-product peak {peak:.0f} GFLOP/s", flush=True
     )
-    shares = {side: measure(options, compiled=side == "compiled", peak=peak) for side in options.sides}
+    shares = {}
+    for side in options.sides:
+        with without_faster_ways() if side.endswith("before") else ExitStack():
+            shares[side] = measure(options, side=side, peak=peak)
     print("\n" + ", ".join(f"{side} {share:.0%} of the peak" for side, share in shares.items()))
 
 

@@ -2,7 +2,8 @@
 
 PEFT casts the layer's input to the adapter's fp32, runs two thin products and adds in three more passes. Here the
 adapter's weights stay fp32 parameters (what the optimiser updates and the checkpoint holds) and are cast to the
-compute dtype instead: 16 × 640 numbers rather than a whole activation. Everything PEFT can do beyond plain LoRA
+compute dtype instead: 16 × 640 numbers rather than a whole activation; around a bare frozen layer the thin products
+are added in place (`lora_products.py`). Everything PEFT can do beyond plain LoRA
 (DoRA, merged weights, several adapters) still goes through PEFT's own forward.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .dora import PackedDora
+from .lora_products import lora_linear, lora_output
 from .packed_layers import is_packed
 
 
@@ -80,10 +82,33 @@ class LoraLinear(PeftLoraLinear):
         lora_a, lora_b = self.lora_A[name], self.lora_B[name]
         assert isinstance(lora_a, nn.Linear)
         assert isinstance(lora_b, nn.Linear)
+        if self._is_bare(name, x):
+            compute = lora_linear if torch.is_grad_enabled() else lora_output
+            base = self.base_layer
+            assert isinstance(base, nn.Linear)
+            return compute(x, base.weight, base.bias, lora_a.weight, lora_b.weight, self.scaling[name])[0]
         a = lora_a.weight.to(x.dtype)
         b = (lora_b.weight * self.scaling[name]).to(x.dtype)
         low = nn.functional.linear(self.lora_dropout[name](x), a)
         return torch.add(self.base_layer(x), nn.functional.linear(low, b))
+
+    def _is_bare(self, name: str, x: Tensor) -> bool:
+        """Whether the layer is a frozen `nn.Linear` and nothing else: not packed, sharded, hooked, cast or dropped out.
+
+        Only then its weight may be multiplied without calling it.
+        """
+        base, dropout = self.base_layer, self.lora_dropout[name]
+        return (
+            type(base) is nn.Linear
+            and type(base.weight) is nn.Parameter
+            and not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
+            and base.weight.dtype == x.dtype
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and (isinstance(dropout, nn.Identity) or not dropout.training)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
 
 def use_lean_layers(config: PeftConfig) -> None:
