@@ -9,7 +9,8 @@ const make = (name, properties = {}, ...children) => {
 function bar(confidence, title) {
   const inner = make("i");
   inner.style.width = `${Math.round(confidence * 100)}%`;
-  return make("span", { className: confidence < 0.6 ? "sure low" : "sure", title: `${title} ${confidence.toFixed(2)}` }, inner);
+  const shown = make("span", { className: confidence < 0.6 ? "sure low" : "sure", title }, inner);
+  return make("small", {}, shown, ` ${confidence.toFixed(2)}`);
 }
 
 function cell(value, path, sure, words) {
