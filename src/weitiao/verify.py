@@ -176,7 +176,7 @@ def _served_answers(
         model = next(iter(server.models.values()))
         found = []
         for record, task in zip(records, tasks, strict=True):
-            request = ChatRequest.model_validate({**_chat(model.name, record), "task": task.name})
+            request = ChatRequest.model_validate({**chat_of(model.name, record), "task": task.name})
             ask = model.ask(request)
             done = server.submit(ask, request, model, key="")[0].wait()
             if isinstance(done, Failed):
@@ -197,7 +197,7 @@ class _Client:
 
     def answer(self, name: str, record: Record) -> Answered:
         """The tokens that the server makes of a row, and what it answers to it."""
-        chat = _chat(name, record)
+        chat = chat_of(name, record)
         tokens = self._post("/tokenize", {key: chat[key] for key in chat if key in ("model", "messages", "tools")})
         message = self._post("/v1/chat/completions", {**chat, "temperature": 0})["choices"][0]["message"]
         text = message.get("content") or ""
@@ -220,7 +220,7 @@ class _Client:
             raise RunError(f"{self.url} cannot be asked: {error}. Is a server running there?") from None
 
 
-def _chat(name: str, record: Record) -> dict[str, Any]:
+def chat_of(name: str, record: Record) -> dict[str, Any]:
     """A row as a request of the protocol."""
     shape: dict[str, Any] = {"model": name, "messages": []}
     ids: list[str] = []
