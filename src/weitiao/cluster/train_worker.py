@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from rich.console import Console
 
 from ..errors import LostProcessError, RunError, WeitiaoError
@@ -154,6 +155,8 @@ def train_together(order: Order, place: Place) -> None:
     )
     os.chdir(order.folder)
     exchange = order.exchange
+    if exchange.ended() is not None:
+        return  # another worker told an error, and what was left of the others died of it
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(exchange.said.open("a", encoding="utf-8", buffering=1)) if place.rank == 0 else None
         console = Console(file=file, quiet=file is None, width=order.width, markup=False, emoji=False, highlight=False)
@@ -177,12 +180,22 @@ def train_together(order: Order, place: Place) -> None:
         except LostProcessError:
             raise
         except (WeitiaoError, Stopped):
+            _leave()  # the others wait for this one, whose process lives on
             return  # told; Ray need not start anything anew
         except SystemExit:
             _wait_for_end(exchange)
             return
         if place.rank == 0:
             exchange.end("done")
+
+
+def _leave() -> None:
+    """Close the connections to the other workers, as the end of the process would."""
+    if dist.is_initialized():
+        # in a thread, since with messages under way this may wait for a worker that is gone
+        thread = threading.Thread(target=dist.destroy_process_group, name="weitiao-leave", daemon=True)
+        thread.start()
+        thread.join(_SHOW_SECONDS)
 
 
 def _wait_for_end(exchange: Exchange) -> None:
