@@ -90,8 +90,8 @@ def train_on_ray(
     ended = exchange.ended()
     if ended is None:
         raise RunError(
-            f"The workers were started {_count_starts(exchange)} times and ended each time: {failure.rstrip('.')}. What Ray says of "
-            f"it is in {exchange.ray}. What was saved stands whole; go on with --resume."
+            f"The workers were started {_count_starts(exchange)} times and ended each time: {failure.rstrip('.')}. "
+            f"What Ray says of it is in {exchange.ray}. What was saved stands whole; go on with --resume."
         )
     shutil.rmtree(exchange.folder)
     raise_end(ended)
