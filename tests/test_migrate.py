@@ -120,7 +120,13 @@ def test_the_seeds_p_tuning_on_two_gpus() -> None:
     done = migrate(
         write("train.sh", text.replace("--use_lora True", "").replace("projection False", "projection True"))
     )
-    settings = {"name": "ptuning_v2", "num_virtual_tokens": 128, "projection": True, "dropout": 0.1}
+    settings = {
+        "name": "ptuning_v2",
+        "num_virtual_tokens": 128,
+        "projection": True,
+        "dropout": 0.1,
+        "init": "vocabulary",
+    }
     assert done.recipe.method.model_dump() == settings
     assert done.recipe.train.batch_size == 2, "a row on each of two devices"
     assert "--mixed_precision fp16" in [entry.setting for entry in done.left]
