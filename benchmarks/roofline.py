@@ -183,6 +183,7 @@ def measure(options: argparse.Namespace, *, side: str, peak: float) -> float:
     setup = set_up(model, settings, steps=1000)
     setup.trained.train()
     if compiled:
+        torch._dynamo.reset()  # or else the graphs of the side before would be taken
         setup.trained.compile_layers()
     read = plan_steps(read_token_rows(options.rows, opened.tokenizer), num_steps=options.steps + 2, seed=0)
     steps = [
