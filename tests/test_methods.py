@@ -58,7 +58,7 @@ def test_the_learning_rate_is_the_methods_own_where_the_recipe_says_none() -> No
     assert read({"name": "prompt_tuning"}).train.learning_rate == 0.3  # of the spread of the vocabulary's embeddings
     assert read({"name": "ptuning_v1"}).train.learning_rate == 0.3  # the network that makes them learns at a 60th of it
     assert read({"name": "ptuning_v2"}).train.learning_rate == 0.1  # of the spread of words' keys and values
-    assert read({"name": "ptuning_v2", "projection": True}).train.learning_rate == 5e-3
+    assert read({"name": "ptuning_v2", "projection": True}).train.learning_rate == 2e-3
     assert read({"name": "full"}, learning_rate=1e-3, epochs=1).train.learning_rate == 1e-3
     assert read({"name": "full"}, epochs=1).train.epochs == 1
     written = read({"name": "full"})

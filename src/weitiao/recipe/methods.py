@@ -178,7 +178,7 @@ _LEARNING_RATES: dict[str, float] = {
 }
 """What `train.learning_rate` is where the recipe leaves it out, for methods that LoRA's does not suit."""
 
-_PROJECTION_RATE = 5e-3
+_PROJECTION_RATE = 2e-3
 """The same for P-Tuning v2 through a network."""
 
 
