@@ -31,7 +31,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import RunError
 
@@ -190,11 +190,18 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `path` whole or not at all: temporary name, fsync, rename."""
+    with replacing(path) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose content is in `path`, whole, when the block is left without an exception; else nothing changes."""
     with writing(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.name)
         try:
             with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             Path(name).chmod(0o644)

@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -36,7 +34,7 @@ from ..data.record import Record
 from ..data.record_store import encode_row
 from ..data.records import digested_line, refuse_problems
 from ..errors import DataError, Problem, RunError
-from ..runs import clear_leftovers, sync, write_bytes, write_text, writing
+from ..runs import clear_leftovers, replacing, write_bytes, write_text, writing
 from ..tasks.base import Task, assign_task
 
 MAX_SHARD_ROWS = 4096
@@ -270,7 +268,7 @@ def find_damage(parts: Parts, shards: Sequence[Shard]) -> dict[int, str]:
 
 def join(parts: Parts, shards: Sequence[Shard], out: Path) -> None:
     """Put the answers of all `shards`, none of them damaged, into the file `out`, in order."""
-    with _replacing(out) as stream:
+    with replacing(out) as stream:
         for shard in shards:
             stream.write(parts.answers_file(shard.number).read_bytes())
 
@@ -298,24 +296,6 @@ def _compare(rows: Sequence[str], answers: Sequence[str]) -> str:
         if found
     ]
     return "; ".join(said) or "its answers stand in another order than the rows"
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A stream whose content is in `path` when the block is left without an exception."""
-    with writing(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.name)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        sync(path.parent)
 
 
 class _Digest:
