@@ -45,7 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"errors", "messages", "data", "tasks", "render", "runs", "visible", "generate"},
 }
 TOP = {"export", "tune", "token_cache", "preparation", "decoding", "dev_scoring", "lookup", "probe", "apply",
-       "evaluation", "prompting", "search", "serve", "serving", "verify", "cluster", "cli", "__init__", "__main__"}  # fmt: skip
+       "evaluation", "prompting", "search", "serve", "serving", "verify", "cluster", "cli", "__init__",
+       "__main__"}  # fmt: skip
 """They bring everything together; nothing imports them but each other."""
 
 WITHOUT_TORCH = {"errors", "cache", "messages", "data", "tasks", "render", "runs", "stopping", "launch", "contract",

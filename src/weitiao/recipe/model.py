@@ -21,10 +21,10 @@ class Model(Part):
     quantize: Literal["none", "int8", "int4", "bnb_int8", "bnb_nf4", "bnb_nf4_double", "bnb_fp4", "torchao_int8"] = (
         Field(
             "none",
-            description="Hold the frozen matrices of the layers in 8 or 4 bits: a half or a quarter of the memory, slower. "
-            "int8 and int4 need no package and run everywhere; bnb_... are those of bitsandbytes, where bnb_nf4_double is "
-            "QLoRA's; torchao_int8 is torchao's. See docs/methods.md. Checkpoints that are quantised already say so "
-            "themselves.",
+            description="Hold the frozen matrices of the layers in 8 or 4 bits: a half or a quarter of the memory, "
+            "slower. int8 and int4 need no package and run everywhere; bnb_... are those of bitsandbytes, where "
+            "bnb_nf4_double is QLoRA's; torchao_int8 is torchao's. See docs/methods.md. Checkpoints that are quantised "
+            "already say so themselves.",
         )
     )
     adapter: str | None = Field(
