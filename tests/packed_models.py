@@ -35,12 +35,16 @@ SIZES = {
 
 
 def packings(*names: str) -> list[Any]:
-    """Parameters for a test over `names`, those of libraries that are not installed skipped with a reason."""
+    """Parameters for a test over `names`, those of libraries that are not installed skipped with a reason.
+
+    Those of torchao are slow: its import takes seconds, in every process of a test run that has it.
+    """
     found = []
     for name in names:
         library = PACKINGS[name].library
         lacks = library != "weitiao" and importlib.util.find_spec(library) is None
-        marks = [pytest.mark.skip(reason=f"{library} is not installed")] if lacks else []
+        marks = [pytest.mark.slow] if library == "torchao" else []
+        marks += [pytest.mark.skip(reason=f"{library} is not installed")] if lacks else []
         found.append(pytest.param(name, marks=marks))
     return found
 
