@@ -14,12 +14,15 @@ from .models.adapter_set import AdapterSet
 from .models.adapters import adapter_fingerprint
 from .models.adapters import base_model as base_of
 from .models.opening import OpenModel, open_model
+from .models.shell import open_shell
 from .runs import RunFolder
+from .serve.backend import Backend
 from .serve.feedback import Feedback
 from .serve.figures import Figures
 from .serve.limits import Limits
 from .serve.served import ServedModel
 from .serve.server import Server
+from .serve.vllm_options import VllmOptions
 from .serve.worker import Worker
 
 
@@ -32,6 +35,7 @@ def open_server(
     feedback: Path | None = None,
     quantize: str = "none",
     dtype: str = "auto",
+    vllm: VllmOptions | None = None,
 ) -> Server:
     """Everything behind the routes; the worker runs.
 
@@ -43,6 +47,7 @@ def open_server(
         feedback: the file that ratings go to.
         quantize: of a base model, in how many bits it is held; runs say so themselves.
         dtype: of a base model; runs say so themselves.
+        vllm: how the vLLM server is found that computes the answers; None: they are computed here.
 
     Raises:
         RunError, ContractError, ModelError: something cannot be opened, or the runs do not belong together.
@@ -57,15 +62,33 @@ def open_server(
     if not runs and len(named) > 1:
         raise RunError(f"None of {', '.join(named.values())} is a finished run, and only one base model can be served.")
     if runs:
-        opened, folders, contracts = _open_runs(runs, base_model)
+        opened, folders, contracts = _open_runs(runs, base_model, shell=vllm is not None)
     else:
         path = next(iter(named.values()))
-        opened, folders, contracts = open_model(path, dtype=dtype, quantize=quantize, must_speak=True), {}, {}
+        opened = _open(path, dtype=dtype, quantize=quantize, shell=vllm is not None)
+        folders, contracts = {}, {}
     positions = int(opened.model.config.get_text_config().max_position_embeddings)
     context = min(max_context or positions, positions)
-    adapters = AdapterSet(base_of(opened.model), {name: folder.adapter for name, folder in folders.items()})
+    adapters = {name: folder.adapter for name, folder in folders.items()}
     limits = limits or Limits()
-    worker = Worker(adapters, limits=limits)
+    worker: Backend
+    if vllm is not None:
+        from .serve.vllm_engine import open_vllm  # wants httpx, which nothing else does
+
+        held = next(iter(contracts.values()), None)
+        worker = open_vllm(
+            vllm,
+            opened,
+            adapters=adapters,
+            base_name="weitiao-base" if adapters else next(iter(named)),
+            dtype=held.dtype if held is not None else dtype,
+            quantize=held.quantize if held is not None else quantize,
+            limits=limits,
+        )
+        context = min(context, worker.max_positions)
+    else:
+        worker = Worker(AdapterSet(base_of(opened.model), adapters), limits=limits)
+        context = min(context, limits.max_cache_tokens)
     models = {}
     for name in named:
         contract = contracts.get(name)
@@ -78,7 +101,7 @@ def open_server(
             adapter=name if contract is not None else None,
             run=run,
             decoding=Sampling(**contract.decoding) if contract is not None else _own_sampling(opened),
-            max_context=min(context, limits.max_cache_tokens),
+            max_context=context,
         )
     expected = {
         (model.name, task.name): _expected(model, task.name) for model in models.values() for task in model.tasks
@@ -94,7 +117,7 @@ def _named(target: str) -> tuple[str, str]:
 
 
 def _open_runs(
-    runs: Mapping[str, str], base_model: str | None
+    runs: Mapping[str, str], base_model: str | None, *, shell: bool
 ) -> tuple[OpenModel, dict[str, RunFolder], dict[str, Contract]]:
     """The base model that all `runs` were tuned on, their folders and their contracts."""
     folders = {name: RunFolder.open(path) for name, path in runs.items()}
@@ -110,10 +133,15 @@ def _open_runs(
                     f"each."
                 )
     source = base_model or first.base
-    opened = open_model(source, dtype=first.dtype, quantize=first.quantize, must_speak=True)
+    opened = _open(source, dtype=first.dtype, quantize=first.quantize, shell=shell)
     first.require_base(opened.fingerprint, path=source)
     first.require_format(template=opened.renderer.template, stop_ids=opened.renderer.stop_ids)
     return opened, folders, contracts
+
+
+def _open(path: str, *, dtype: str, quantize: str, shell: bool) -> OpenModel:
+    """The model `path`, of which a `shell` has no weights."""
+    return open_shell(path) if shell else open_model(path, dtype=dtype, quantize=quantize, must_speak=True)
 
 
 def _own_sampling(opened: OpenModel) -> Sampling:
@@ -138,5 +166,5 @@ def _expected(model: ServedModel, task: str) -> float | None:
     return known.num_right / known.rows if known is not None and known.rows else None
 
 
-def _numbers(worker: Worker) -> dict[str, float]:
+def _numbers(worker: Backend) -> dict[str, float]:
     return {name: float(value) for name, value in asdict(worker.stats()).items()}

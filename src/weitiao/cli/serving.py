@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -54,6 +54,19 @@ def serve(
     drain: Annotated[float, typer.Option(min=0, help="Seconds that running requests get when the server ends.")] = 30.0,
     base_model: BaseModel = None,
     quantize: Annotated[str, typer.Option(help="Of a base model: int8 or int4. Runs say so themselves.")] = "none",
+    engine: Annotated[
+        Literal["weitiao", "vllm"], typer.Option(help="Who computes: this process, or a vLLM server behind it.")
+    ] = "weitiao",
+    vllm_url: Annotated[
+        str | None, typer.Option(help="A vLLM server that runs already; its key is read from VLLM_API_KEY.")
+    ] = None,
+    vllm_args: Annotated[
+        str,
+        typer.Option(help='Of the vLLM server that is started: more arguments, such as "--tensor-parallel-size 2".'),
+    ] = "",
+    vllm_model: Annotated[
+        Path | None, typer.Option(help="Of the vLLM server that is started: what weitiao export wrote of the run.")
+    ] = None,
     verbose: Annotated[
         bool, typer.Option(help="Log every request: route, status, seconds; never what is said.")
     ] = False,
@@ -78,6 +91,9 @@ def serve(
             return
         if not targets:
             raise RunError("Say what to serve, such as: weitiao serve runs/rows")
+        if engine != "vllm" and (vllm_url is not None or vllm_args or vllm_model is not None):
+            raise RunError("--vllm-url, --vllm-args and --vllm-model are for --engine vllm. Add it, or leave them out.")
+        vllm = {"url": vllm_url, "arguments": vllm_args, "model": vllm_model} if engine == "vllm" else None
         _serve(
             targets,
             host=host,
@@ -92,6 +108,7 @@ def serve(
             base_model=base_model,
             quantize=quantize,
             verbose=verbose,
+            vllm=vllm,
         )
 
 
@@ -110,6 +127,7 @@ def _serve(
     base_model: str | None,
     quantize: str,
     verbose: bool,
+    vllm: dict[str, Any] | None,
 ) -> None:
     import logging
     from importlib.util import find_spec
@@ -118,6 +136,8 @@ def _serve(
     from ..serve.keys import read_keys
 
     known = read_keys(keys)
+    if vllm is not None and find_spec("httpx") is None:
+        raise RunError("--engine vllm needs httpx, not installed here: pip install 'weitiao[serve,vllm]'")
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise RunError(f"Serving needs {', '.join(missing)}, not installed here: pip install 'weitiao[serve]'")
@@ -125,6 +145,7 @@ def _serve(
     from ..serve.embeddings import open_embedder
     from ..serve.limits import Limits
     from ..serve.listening import is_local, listen
+    from ..serve.vllm_options import VllmOptions
     from ..serving import open_server
 
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(message)s")
@@ -135,6 +156,7 @@ def _serve(
         limits=Limits(**limits),
         feedback=feedback,
         quantize=quantize,
+        vllm=None if vllm is None else VllmOptions(**vllm, say=lambda said: err.print(said, soft_wrap=True)),
     )
     try:
         embedder = open_embedder(embeddings) if embeddings is not None else None

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from ..generate.chat import Reply, reply_of
 from ..generate.sampling import Choice
 from ..render.base import Renderer
-from .problems import RefusedError, shutting_down
+from .problems import RefusedError, bad_request, shutting_down
 from .requests import Done, Failed, Piece, Ticket, Usage
 from .served import Ask
 from .streaming import TextStream
+
+_RETRY_AFTER_S = 5
+"""Where a server behind this one is too busy and does not say for how long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +96,12 @@ def _failure(event: Failed) -> RefusedError:
         return shutting_down()
     if event.kind == "cancelled":
         return RefusedError(499, event.reason, code="cancelled")
+    if event.kind == "unfit":
+        return bad_request(event.reason, param="messages")
+    if event.kind == "busy":
+        return RefusedError(
+            429, event.reason, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=_RETRY_AFTER_S
+        )
     return RefusedError(500, event.reason, kind="server_error", code="model_error")
 
 

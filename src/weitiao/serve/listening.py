@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import RunError
-from .worker import Worker
+from .backend import Backend
 
 HEADER_SECONDS = 20.0
 """For the head of a request to come in, from its first byte, or from when the connection was made."""
@@ -60,7 +60,7 @@ class _TimelyProtocol(H11Protocol):
 class Listener(uvicorn.Server):
     """Serves an app; told to end, it has the worker finish what runs, and cancel the rest with a reason."""
 
-    def __init__(self, app: FastAPI, worker: Worker, *, drain_seconds: float = 30.0) -> None:
+    def __init__(self, app: FastAPI, worker: Backend, *, drain_seconds: float = 30.0) -> None:
         """
         Args:
             app: what `app.make_app` made.
@@ -87,7 +87,7 @@ class Listener(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def listen(app: FastAPI, worker: Worker, *, host: str, port: int, drain_seconds: float = 30.0) -> None:
+def listen(app: FastAPI, worker: Backend, *, host: str, port: int, drain_seconds: float = 30.0) -> None:
     """Serve `app` until a signal ends it.
 
     Raises:

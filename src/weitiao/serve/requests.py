@@ -18,8 +18,9 @@ from ..generate.constraint import Constraint
 from ..generate.row import Finish, Generation
 from ..generate.sampling import Choice, Sampling, Steering
 
-FailKind = Literal["cancelled", "shutdown", "error"]
-"""Why there is no answer: the client went away, the server closes, or the model could not be run."""
+FailKind = Literal["cancelled", "shutdown", "error", "busy", "unfit"]
+"""Why there is no answer: the client went away, the server closes, the model could not be run; or a server behind this
+one is too busy, or cannot run such a request."""
 
 
 class BusyError(WeitiaoError):
@@ -55,6 +56,10 @@ class Request:
     """Penalties, bias, min-p, and how many alternatives of each token are told."""
     constraint: Constraint | None = None
     """Compiled by the caller (`compiler_of(…).compile(…)`); it is not changed, so one may serve many requests."""
+    grammar: str | None = None
+    """What `constraint` was compiled from, for those who have it compiled elsewhere."""
+    before: str = ""
+    """What the answer's tokens spell before the text of `grammar` (`Renderer.before_answer`)."""
     adapter: str | None = None
     """Name of the adapter (`AdapterSet`); None: the base model."""
     choice: int = 0

@@ -56,6 +56,10 @@ class Ask:
     """Whether the answer is held to `task`'s own form."""
     notes: tuple[str, ...] = ()
     """What was done to the request, as sentences."""
+    grammar: str | None = None
+    """What `constraint` was compiled from."""
+    before: str = ""
+    """What the answer's tokens spell before the text of `grammar`."""
 
 
 @dataclass(kw_only=True)
@@ -187,6 +191,8 @@ class ServedModel:
             record=record,
             held=held,
             notes=notes,
+            grammar=grammar,
+            before=renderer.before_answer(record.tools),
         )
 
     def _compile(self, grammar: str, tools: Tools) -> Constraint:

@@ -15,6 +15,7 @@ from ..apply import calibrated
 from ..evaluate.predict import read_reply
 from ..generate.chat import Reply
 from ..generate.sampling import Sampling, Steering
+from .backend import Backend
 from .choices import Ended
 from .feedback import Feedback, Given
 from .figures import Figures
@@ -22,7 +23,6 @@ from .problems import RefusedError, bad_request, no_model, shutting_down, too_bu
 from .protocol import SamplingShape
 from .requests import BusyError, ClosedError, Request, Ticket, UnfitError
 from .served import Ask, ServedModel
-from .worker import Worker
 from .writing import Heading
 
 
@@ -31,7 +31,7 @@ class Server:
     """Everything behind the routes."""
 
     models: Mapping[str, ServedModel]
-    worker: Worker
+    worker: Backend
     figures: Figures
     feedback: Feedback
 
@@ -75,6 +75,8 @@ class Server:
                 sampling=sampling,
                 steering=steering,
                 constraint=ask.constraint,
+                grammar=ask.grammar,
+                before=ask.before,
                 adapter=model.adapter,
                 choice=choice,
                 key=key,
