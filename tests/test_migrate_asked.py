@@ -78,6 +78,13 @@ def test_full_fine_tuning_becomes_lora_only_where_the_user_says_so() -> None:
     assert done.recipe.train.shard == "fsdp"
 
 
+def test_a_configuration_of_zero_2_is_named_as_it_is_and_one_of_zero_3_spreads_the_weights() -> None:
+    for name, train in (("ds_z2_config.json", {"deepspeed": "examples/ds_z2_config.json"}), ("ds_z3_config.json", {})):
+        done = migrate(write("c.yaml", changed(FACTORY, deepspeed=f"examples/{name}")))
+        assert done.recipe.train.deepspeed == train.get("deepspeed")
+        assert done.recipe.train.shard == ("none" if train else "fsdp")
+
+
 def test_full_fine_tuning_stays_what_it_is() -> None:
     done = migrate(write("sft.yaml", DEMO), model="THUDM/chatglm3-6b", data=("a.json",), rows=10)
     assert done.recipe.method == Full()

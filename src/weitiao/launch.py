@@ -24,7 +24,7 @@ _NOT_TAKEN = {
     "ACCELERATE_DYNAMO_BACKEND": ("no", "say train.compile in the recipe"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "train.tokens_per_pass in the recipe cuts steps into passes"),
     "ACCELERATE_USE_FSDP": ("false", "say train.shard=fsdp in the recipe"),
-    "ACCELERATE_USE_DEEPSPEED": ("false", "say train.shard=fsdp in the recipe, which does what ZeRO-3 does"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "name its file as train.deepspeed in the recipe"),
 }
 """What accelerate's own settings may say, by the value that asks for nothing, and what to do instead."""
 

@@ -44,6 +44,7 @@ from .train.switches import require_switches
 _VOLATILE = {
     "train": (
         "shard",
+        "deepspeed",
         "log_every",
         "keep_checkpoints",
         "save_every",
@@ -152,6 +153,12 @@ def _tune(
         console.print(
             "note: train.shard spreads the weights over several processes; this one, alone, holds them all. Start "
             "several with torchrun (docs/many-processes.md).",
+            soft_wrap=True,
+        )
+    if recipe.train.deepspeed is not None and ranks.size == 1:
+        console.print(
+            "note: train.deepspeed divides what learns among several processes; this one, alone, keeps all of it. "
+            "Start several with torchrun (docs/many-processes.md).",
             soft_wrap=True,
         )
     # a model that is to be spread may not fit onto one GPU: each process takes its part of it from there

@@ -118,6 +118,6 @@ def _carry_training(ledger: Ledger, *, devices: int) -> None:
     seed = ledger.whole("seed")
     ledger.carry("seed", "train.seed", 1234 if seed is None else seed, "" if seed is not None else DEFAULT)
     ledger.imply("train.row_balance", 0.0, "every learnt token counts the same, as in the original")
-    carry_sharding(ledger, ("ds_file", "deepspeed"))
+    carry_sharding(ledger, ("ds_file", "deepspeed"), with_numbers=True)
     ledger.needs_no_key("local_rank", "torchrun tells it")
     ledger.needs_no_key("output_dir", "a run's folder is runs/NAME, by the recipe's name")

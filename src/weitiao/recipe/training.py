@@ -83,6 +83,11 @@ class Train(Part):
         description="Several processes: none: each holds the whole model. fsdp: the weights are spread over them layer "
         "by layer, for models that do not fit into one GPU (docs/many-processes.md).",
     )
+    deepspeed: str | None = Field(
+        None,
+        description="File of a DeepSpeed configuration (ZeRO-1 or ZeRO-2): several processes divide the optimiser's "
+        "state, and with ZeRO-2 the gradients (docs/many-processes.md). Needs weitiao[deepspeed].",
+    )
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="torch.compile the layers. auto: when a C++ compiler is there and the run is long enough."
     )
@@ -129,6 +134,16 @@ class Train(Part):
                 "out.",
             )
         return optimiser
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _divided_once(cls, deepspeed: str | None, info: ValidationInfo) -> str | None:
+        if deepspeed is not None and info.data.get("shard") == "fsdp":
+            raise PydanticCustomError(
+                "deepspeed",
+                "divides among the processes what train.shard: fsdp divides already; take one of the two out.",
+            )
+        return deepspeed
 
     @field_validator("update_in_backward")
     @classmethod

@@ -176,7 +176,7 @@ def fit_to_memory(
     All processes take the same, those that the one with the least memory can.
     """
     ranks, device = setup.ranks, setup.trained.model.device
-    if settings.fit_memory == "never" or is_spread(setup.trained):
+    if settings.fit_memory == "never" or is_spread(setup.trained) or setup.divided is not None:
         return settings
     room = _room(ranks, setup)
     if _PLENTY * plan.memory_bytes <= room:

@@ -134,7 +134,8 @@ def train(
     if is_spread(trained):
         check_order(trained, base, probe)
 
-    compiles = not is_spread(trained) and ranks.by_first(lambda: will_compile(settings, plan.seconds))
+    whole_step = not is_spread(trained) and setup.divided is None
+    compiles = whole_step and ranks.by_first(lambda: will_compile(settings, plan.seconds))
     progress = Progress(step=0, compiled=compiles)
     say = partial(console.print, soft_wrap=True)
     if checkpoint := ranks.by_first(lambda: checkpoint_to_go_on_from(run, resume_from, say)):
@@ -170,7 +171,8 @@ def train(
     )
     name_row, spikes, saved_at = name_row or _number, SpikeWatch(), time.monotonic()
     stops = stops or StopSignals(display.say)
-    sharing = PromptSharing(trained, settings, display.say)
+    obstacle = "with gradients divided among processes, all of them would have to share alike" if setup.divided else ""
+    sharing = PromptSharing(trained, settings, display.say, obstacle=obstacle)
     halving = Halving(fitted, device, say=display.say, ranks=ranks)
 
     def take(rows: Sequence[Example], row_tasks: Sequence[str], settings: Train) -> tuple[list[Batch], StepResult]:
@@ -205,6 +207,8 @@ def train(
 
     def save() -> None:
         dog.enter("saving", step=progress.step)
+        if setup.divided is not None:
+            setup.divided.gather(keep=ranks.is_first)
         if ranks.is_first or learns_spread(trained):
             write = partial(save_checkpoint, keep=settings.keep_checkpoints, overtaken=overtaken, ranks=ranks)
             write(run, trained, optimiser, scheduler, progress)

@@ -49,18 +49,21 @@ class MakePasses(Protocol):
 class PromptSharing:
     """Lays out the steps of one training, sharing beginnings where that is wanted, possible, proven and worth it."""
 
-    def __init__(self, trained: TrainedModel, settings: Train, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, trained: TrainedModel, settings: Train, say: Callable[[str], None], *, obstacle: str = ""
+    ) -> None:
         """
         Args:
             trained: the model, not wrapped.
             settings: the recipe's `train` part.
             say: is told once what is done, or why nothing is.
+            obstacle: why the training cannot share, beside what the model says; "" when it can.
         """
         self.trained = trained
         self.tokens_per_pass = settings.tokens_per_pass
         self.say = say
         self.wanted = settings.shared_prompts == "auto"
-        self.obstacle = why_not_shared(trained)
+        self.obstacle = obstacle or why_not_shared(trained)
         self.proven = False
 
     def lay_out(self, rows: Sequence[Example], make: MakePasses) -> list[Batch]:

@@ -28,6 +28,8 @@ from ..recipe import Train
 from ..render.base import Example
 from .activations import Offloading, checkpoint_layers
 from .batches import ROUND_TOKENS, Batch, TellPrefix, make_batches, make_probe
+from .deepspeed_engine import DividedOptimiser
+from .deepspeed_file import divides, read_deepspeed
 from .halving import PassesTooLargeError, PassSizes, cures
 from .model import TrainedModel
 from .optimisers import make_optimiser, make_scheduler
@@ -58,6 +60,8 @@ class Setup:
     accelerator: Accelerator
     ranks: Ranks = ALONE
     """The processes that take each step together."""
+    divided: DividedOptimiser | None = None
+    """The optimiser, where DeepSpeed divides it among the processes."""
     updates: UpdatesInBackward | None = None
     """What updates weights in the backward pass, where the recipe wants that."""
     offloading: AbstractContextManager[object] = field(default_factory=nullcontext)
@@ -68,10 +72,10 @@ def set_up(model: PreTrainedModel | PeftModel, settings: Train, *, steps: int, r
     """The trainable parameters of `model` with their optimiser and a schedule of `steps` steps.
 
     In all of `ranks` they have the values of the first. With ``shard: fsdp`` `model` is spread over these; it may be on
-    the CPU until then.
+    the CPU until then. With ``deepspeed:`` they divide the optimiser.
 
     Raises:
-        ModelError, RunError: it cannot be spread.
+        ModelError, RunError: it cannot be spread or divided.
     """
     base = base_model(model)
     checkpoint_layers(base, settings)
@@ -84,8 +88,11 @@ def set_up(model: PreTrainedModel | PeftModel, settings: Train, *, steps: int, r
     scheduler = make_scheduler(optimiser, settings, steps)
     # made ready without a data-parallel wrapper: take_step adds the gradients, once for all passes of a step
     updates = updates_in_backward(optimiser, settings, accelerator, ranks)
-    trained, optimiser = accelerator.prepare_model(trained, evaluation_mode=True), accelerator.prepare(optimiser)
+    trained = accelerator.prepare_model(trained, evaluation_mode=True)
     ranks.copy_from_first([parameter for parameter in trained.parameters() if parameter.requires_grad])
+    file = read_deepspeed(settings, ranks) if divides(settings, ranks) else None
+    divided = DividedOptimiser(trained, optimiser, file, ranks) if file is not None else None
+    optimiser = accelerator.prepare(optimiser) if divided is None else divided
     offloads = settings.offload_activations and base.device.type == "cuda"
     return Setup(
         trained=trained,
@@ -93,6 +100,7 @@ def set_up(model: PreTrainedModel | PeftModel, settings: Train, *, steps: int, r
         scheduler=scheduler,
         accelerator=accelerator,
         ranks=ranks,
+        divided=divided,
         updates=updates,
         offloading=Offloading(base, base.device) if offloads else nullcontext(),
     )
@@ -129,7 +137,8 @@ def step_batches(
     With `share`, what rows begin with alike is computed once where that pays; see `PromptSharing`.
 
     Of several `ranks` each has passes of its own, of about as many tokens, or none when there are too few rows. Where
-    the model is spread over them, they all have as many: some compute a row of which nothing is learnt.
+    the model is spread over them, or gradients are divided in each pass, they all have as many: some compute a row of
+    which nothing is learnt.
     """
     limit, round_to = _pass_rules(settings)
     lengths = [len(row) for row in rows]
@@ -145,7 +154,7 @@ def step_batches(
         places=own,
         share=share,
     )
-    if spreads(settings, ranks):
+    if spreads(settings, ranks) or divides(settings, ranks):
         counts = [len(share_passes([lengths[place] for place in part], tokens_per_pass=limit)) for part in parts]
         empty = replace(make_probe(rows, num_targets=0, row_prefix=row_prefix), num_tokens=0)
         batches += [empty] * (max(counts) - len(batches))
@@ -175,7 +184,7 @@ def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> StepRe
         PassesTooLargeError: memory ran out in the passes of one of the processes. Nothing was learnt.
         RunError: it ran out where the step cannot be taken again.
     """
-    trained, accelerator = setup.trained, setup.accelerator
+    accelerator = setup.accelerator
     total, why = 0.0, ""
     token_losses: list[Tensor] = []
     try:
@@ -186,11 +195,7 @@ def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> StepRe
         require_untouched(setup, settings)
         why = first_line(error)
     total = sum_losses(setup, total, batches, why)
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    setup.ranks.add_gradients(parameters)
-    limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-    clip = clip_gradients if learns_spread(trained) else accelerator.clip_grad_norm_
-    norm = float(clip(parameters, limit)) if setup.updates is None else setup.updates.norm
+    norm = setup.divided.take_step() if setup.divided is not None else _sum_gradients(setup, settings)
     # weights so large that a norm layer's variance is infinite give hidden states of zero: no gradient, ever again
     dead = norm == 0 and total > _DEAD_LOSS
     if not math.isfinite(total) or dead or not (math.isfinite(norm) or _may_lower_scale(accelerator)):
@@ -205,6 +210,15 @@ def take_step(setup: Setup, batches: Sequence[Batch], settings: Train) -> StepRe
     return total, norm, token_losses
 
 
+def _sum_gradients(setup: Setup, settings: Train) -> float:
+    """The norm of the whole step's gradient, which each process then has, scaled down to the recipe's limit."""
+    parameters = [parameter for parameter in setup.trained.parameters() if parameter.requires_grad]
+    setup.ranks.add_gradients(parameters)
+    limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+    clip = clip_gradients if learns_spread(setup.trained) else setup.accelerator.clip_grad_norm_
+    return float(clip(parameters, limit)) if setup.updates is None else setup.updates.norm
+
+
 def _run_passes(setup: Setup, batches: Sequence[Batch]) -> tuple[float, list[Tensor]]:
     """This process's share of the step's loss, and for each pass the losses of its learnt tokens."""
     trained, accelerator = setup.trained, setup.accelerator
@@ -214,8 +228,11 @@ def _run_passes(setup: Setup, batches: Sequence[Batch]) -> tuple[float, list[Ten
     token_losses = [torch.empty(len(batch.targets), device=batch.targets.device) for batch in batches]
     for number, (batch, losses) in enumerate(zip(batches, token_losses, strict=True), start=1):
         with setup.offloading:
-            loss = trained(batch, losses)
+            loss = trained(batch, losses) if setup.divided is None else setup.divided.run_pass(batch, losses)
         total += loss.item()
+        if setup.divided is not None:
+            setup.divided.backward(loss, last=number == len(batches))
+            continue
         whole = number == len(batches) and math.isfinite(total)
         with setup.updates.in_last_pass() if setup.updates is not None and whole else nullcontext():
             accelerator.backward(loss)
@@ -236,10 +253,10 @@ def sum_losses(setup: Setup, own: float, batches: Sequence[Batch], why: str = ""
 
 def require_untouched(setup: Setup, settings: Train) -> None:
     """Raise RunError when memory ran out in a step that cannot be taken again."""
-    if is_spread(setup.trained):
+    if is_spread(setup.trained) or setup.divided is not None:
         raise RunError(
-            f"Memory ran out, and a step of a model that is spread over processes cannot be taken again, for these "
-            f"wait for each other inside of it. {cures(settings)}"
+            f"Memory ran out, and a step of what is divided among processes cannot be taken again, for these wait for "
+            f"each other inside of it. {cures(settings)}"
         )
     if setup.updates is not None and setup.updates.squares:
         raise RunError(

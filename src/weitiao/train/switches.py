@@ -10,14 +10,16 @@ from accelerate import Accelerator
 from ..data.order import share_passes
 from ..errors import RunError
 from ..recipe import Train
+from .deepspeed_file import read_deepspeed
 from .optimisers import require_optimiser
 from .ranks import ALONE, Ranks
 from .several_optimisers import SeveralOptimisers, UpdatesInBackward
 
 
 def require_switches(settings: Train, ranks: Ranks = ALONE) -> None:
-    """Raise RunError when the optimiser's package is missing, or a switch does not go with several processes."""
+    """Raise RunError when a package is missing, or a switch or a DeepSpeed configuration does not go with the rest."""
     require_optimiser(settings)
+    read_deepspeed(settings, ranks)
     if settings.update_in_backward and ranks.size > 1:
         raise RunError(
             f"train.update_in_backward updates a weight before the gradients of the {ranks.size} processes are summed. "
