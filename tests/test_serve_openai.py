@@ -177,7 +177,7 @@ WHOLE: dict[str, tuple[dict[str, Any], Callable[[ChatCompletion], bool]]] = {
         {
             "tools": [WEATHER, CLOCK],
             "tool_choice": {"type": "function", "function": {"name": "clock"}},
-            "max_tokens": 130,
+            "max_tokens": 100,
         },
         lambda r: [call.function.name for call in r.choices[0].message.tool_calls] == ["clock"],  # type: ignore[union-attr]
     ),
