@@ -30,7 +30,7 @@ check: install
 	$(BIN)/mypy
 
 slow: install
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,torchao]'
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
 		--target $(DEEPSPEED) deepspeed einops hjson msgpack ninja py-cpuinfo
 	$(BIN)/python -m pytest -m slow
