@@ -41,6 +41,9 @@ VERBS = {
     "watch": "Ends with the training",
     "sweep": "those that score best on the dev rows",
     "learning-curve": "does labelling more pay?",
+    "serve": "held to the labelled form unless a request says otherwise",
+    "chat": "ask its tasks about texts",
+    "verify": "asks the model the same tokens and gets the same answers",
 }
 TEXTS = ("球", "门", "网", "队", "星", "光", "芯", "电", "钱", "股", "税", "账")
 LABELS = ("体育", "科技", "财经")

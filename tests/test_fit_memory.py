@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -223,7 +224,8 @@ def test_a_training_that_would_not_fit_takes_what_fits_says_so_and_keeps_it(
     fitted = read_progress(list_checkpoints(small)[-1]).fitted
     assert fitted["gradient_checkpointing"] is True
     assert f"train.tokens_per_pass={fitted['tokens_per_pass']} and train.gradient_checkpointing=true: about " in line
-    assert line.startswith("As written, the training would take about 0.")
+    # the figure is this process's, whatever it has imported by now
+    assert re.match(r"As written, the training would take about \d\.\d GB \(cpu\), and 0\.0 GB are to be had\.", line)
     assert "the system may end it" in line
     assert small.recipe.read_text(encoding="utf-8").count("tokens_per_pass: 1536") == 1, "the recipe stays"
 
