@@ -171,7 +171,7 @@ def _choices_of(choice: Mapping[str, Any], num_top: int) -> list[Choice]:
     told = choice.get("logprobs") or {}
     logprobs: Sequence[float | None] = told.get("token_logprobs") or ()
     if ids is None and (logprobs or choice.get("text")):
-        raise VllmError("vLLM sent no token ids (return_token_ids). It may be too old to know them; install a newer one.")
+        raise VllmError("vLLM sent no token ids (return_token_ids). It may be too old for that: install a newer one.")
     ids = ids or ()
     if len(logprobs) != len(ids):
         raise VllmError(f"vLLM sent {len(ids)} tokens with {len(logprobs)} log-probabilities.")
