@@ -13,13 +13,14 @@ from weitiao.recipe import make_recipe
 PAGE = (Path(__file__).parents[1] / "docs" / "many-processes.md").read_text(encoding="utf-8")
 
 
-def test_the_recipe_shown_spreads_the_weights() -> None:
-    recipe, _cluster = yaml_blocks()
-    assert make_recipe(yaml.safe_load(recipe)).train.shard == "fsdp"
+def test_the_recipes_shown_spread_the_weights_or_divide_what_learns() -> None:
+    spread, divided, _cluster = yaml_blocks()
+    assert make_recipe(yaml.safe_load(spread)).train.shard == "fsdp"
+    assert make_recipe(yaml.safe_load(divided)).train.deepspeed == "ds_zero_2.json"
 
 
 def test_the_pods_of_the_job_find_the_first_of_them_by_the_services_name() -> None:
-    service, job = yaml.safe_load_all(yaml_blocks()[1])
+    service, job = yaml.safe_load_all(yaml_blocks()[2])
     spec: dict[str, Any] = job["spec"]
     pod = spec["template"]["spec"]
     [container] = pod["containers"]
