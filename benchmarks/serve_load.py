@@ -207,6 +207,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         merged = str(Path(temporary) / "demo")
         subprocess.run([python, "-m", "weitiao", "export", given.run, merged], check=True, capture_output=True)
+        template = Path(merged) / "chat_template.jinja"
+        if not template.exists():  # `transformers serve` asks nothing of models without one: the text as it is, then
+            template.write_text("{{ bos_token }}{{ messages[-1]['content'] }}", encoding="utf-8")
         ours = [python, "-m", "weitiao", "serve", f"demo={given.run}", "--port", str(given.port)]
         naive = [python, __file__, merged, "-", "--one-at-a-time", "--port", str(given.port)]
         peer = [

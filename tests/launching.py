@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -130,6 +131,20 @@ def kill(process: subprocess.Popen[str], rank: int) -> int:
         time.sleep(0.01)
     os.kill(living[0], signal.SIGKILL)
     return living[0]
+
+
+def finish_though_killed(process: subprocess.Popen[str], run: RunFolder, draw: random.Random) -> None:
+    """Kill one of two processes of a launch with restarts, twice at random moments; return when it has ended well."""
+    for step in (draw.randrange(1, 6), draw.randrange(6, 28)):
+        wait_for_step(run, step, process)
+        victim, delay = draw.randrange(2), draw.uniform(0, 0.3)
+        print(f"process {victim} is killed {delay:.3f} s after step {step}")
+        time.sleep(delay)
+        kill(process, victim)
+    said, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, said
+    assert said.count("Done in") == 1
+    assert "Going on from step" in said
 
 
 def ranked(launcher: int, rank: int) -> Iterator[int]:

@@ -10,7 +10,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from io import StringIO
 from pathlib import Path
 
@@ -18,7 +17,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from launching import PATIENCE_SECONDS, agree, kill, lines_of, run_of, start, train, wait_for_step, write_recipe
+from launching import (
+    PATIENCE_SECONDS,
+    agree,
+    finish_though_killed,
+    kill,
+    lines_of,
+    run_of,
+    start,
+    train,
+    wait_for_step,
+    write_recipe,
+)
 from prefix_models import tiny
 from weitiao.errors import RunError
 from weitiao.models.adapters import base_model
@@ -134,18 +144,9 @@ def test_a_process_that_dies_in_a_pass_ends_the_others_with_one_message(long: Pa
 
 @pytest.mark.slow
 def test_torchrun_starts_anew_what_lost_a_process_at_any_moment(long: Path) -> None:
-    draw, run = random.Random(3), run_of(long, "elastic")
+    run = run_of(long, "elastic")
     process = start(long, "name=elastic", SPREAD, processes=2, restarts=4)
-    for step in (draw.randrange(1, 6), draw.randrange(6, 28)):
-        wait_for_step(run, step, process)
-        victim, delay = draw.randrange(2), draw.uniform(0, 0.3)
-        print(f"process {victim} is killed {delay:.3f} s after step {step}")
-        time.sleep(delay)
-        kill(process, victim)
-    said, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 0, said
-    assert said.count("Done in") == 1
-    assert "Going on from step" in said
+    finish_though_killed(process, run, random.Random(3))
     agree(run_of(long, "whole"), run)
 
 

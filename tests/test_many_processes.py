@@ -9,14 +9,24 @@ from __future__ import annotations
 import math
 import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from launching import PATIENCE_SECONDS, agree, kill, lines_of, run_of, start, train, wait_for_step, write_recipe
+from launching import (
+    PATIENCE_SECONDS,
+    agree,
+    finish_though_killed,
+    kill,
+    lines_of,
+    run_of,
+    start,
+    train,
+    wait_for_step,
+    write_recipe,
+)
 from weitiao.cli import app
 from weitiao.data.order import share_rows
 from weitiao.errors import RunError
@@ -172,19 +182,9 @@ def test_a_process_that_dies_ends_the_others_with_one_message(long: Path, victim
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_torchrun_starts_anew_what_lost_a_process_at_any_moment(long: Path, seed: int) -> None:
-    draw = random.Random(seed)
     run = run_of(long, f"elastic{seed}")
     process = start(long, f"name={run.path.name}", processes=2, restarts=4)
-    for step in (draw.randrange(1, 6), draw.randrange(6, 28)):
-        wait_for_step(run, step, process)
-        victim, delay = draw.randrange(2), draw.uniform(0, 0.3)
-        print(f"seed {seed}: process {victim} is killed {delay:.3f} s after step {step}")
-        time.sleep(delay)
-        kill(process, victim)
-    said, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 0, said
-    assert said.count("Done in") == 1
-    assert "Going on from step" in said
+    finish_though_killed(process, run, random.Random(seed))
     agree(run_of(long, "whole"), run)
 
 

@@ -153,6 +153,18 @@ def test_more_than_the_queue_holds_are_told_when_to_come_again(guarded: tuple[st
     assert set(statuses) == {200, 429} and len(statuses) == 20
 
 
+def test_prompts_of_one_request_are_taken_all_or_none(guarded: tuple[str, Server, str]) -> None:
+    url, server, key = guarded
+    accepted = server.worker.stats().accepted
+    body = {"model": "train", "prompt": ["你"] * 4, "max_tokens": 2}  # the queue has three places
+    reply = httpx.post(f"{url}/v1/completions", headers=bearer(key), json=body, timeout=60)
+    assert reply.status_code == 400 and "3 requests can wait here" in reply.json()["error"]["message"]
+    assert server.worker.stats().accepted == accepted
+    body["prompt"] = ["你"] * 3
+    assert httpx.post(f"{url}/v1/completions", headers=bearer(key), json=body, timeout=60).status_code == 200
+    assert server.worker.stats().accepted == accepted + 3
+
+
 def test_other_pages_may_not_ask_unless_named(tuned_run: Path, guarded: tuple[str, Server, str]) -> None:
     url = guarded[0]
     asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}

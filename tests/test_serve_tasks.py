@@ -126,6 +126,19 @@ def test_feedback_becomes_rows_that_training_reads(served: tuple[str, Server], r
     assert 'weitiao_task_answers_total{model="train",task="objects"' in httpx.get(f"{served[0]}/metrics").text
 
 
+def test_each_choice_of_a_reply_can_be_rated_by_itself(served: tuple[str, Server], rated: Path) -> None:
+    body = {"model": "train", "messages": [{"role": "user", "content": "你好"}], "n": 2, "max_tokens": 8}
+    body |= {"response_format": {"type": "text"}, "temperature": 2, "seed": 1}
+    reply = httpx.post(f"{served[0]}/v1/chat/completions", json=body, timeout=60).json()
+    first, second = (choice["message"]["content"] for choice in reply["choices"])
+    assert first != second
+    for answer_id in (reply["id"], f"{reply['id']}.1"):
+        rating = {"id": answer_id, "thumb": "down", "comment": answer_id}
+        assert httpx.post(f"{served[0]}/v1/feedback", json=rating).status_code == 200
+    kept = read_lines(rated.with_suffix(".wrong.jsonl"))[-2:]
+    assert [line["messages"][-1]["content"] for line in kept] == [first, second]
+
+
 def test_drift_is_the_confidence_less_what_the_dev_rows_led_to_expect(served: tuple[str, Server]) -> None:
     ask(served, "labels")
     figures = httpx.get(f"{served[0]}/v1/statistics").json()["models"]["train"]["labels"]

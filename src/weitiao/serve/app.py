@@ -217,7 +217,7 @@ def _add_openai_routes(app: FastAPI, server: Server, embedder: Embedder | None) 
         prompts = read_prompts(request)
         asks = await run_in_threadpool(lambda: [ask_plain(chosen, prompt, request) for prompt in prompts])
         key, num_top = _key_of(http), request.logprobs or 0
-        tickets = [server.submit(ask, request, chosen, key=key, num_top=num_top) for ask in asks]
+        tickets = server.submit_all(asks, request, chosen, key=key, num_top=num_top)
         reply = PlainReply(
             server=server,
             model=chosen,

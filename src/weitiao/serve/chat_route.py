@@ -92,6 +92,9 @@ class ChatReply:
                 yield sse(shape)
         except RefusedError as refused:
             yield sse(refused.body)
+        finally:  # a client may leave before the first choice is followed
+            for ticket in self.tickets:
+                ticket.cancel()
         yield DONE
 
     # ---- one choice ------------------------------------------------------------------------------------------------

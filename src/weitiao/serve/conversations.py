@@ -14,7 +14,7 @@ from typing import Any
 
 from ..messages import Message, ToolCall, check_order
 from ..tasks.strict_json import loads
-from .problems import RefusedError, bad_request
+from .problems import bad_request
 from .protocol import ChatRequest, FunctionCall, FunctionShape, MessageShape
 
 _CALL = re.compile(r"<tool_call>\n(?P<call>\{.*?\})\n</tool_call>", re.DOTALL)
@@ -158,6 +158,3 @@ def describe_calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
         }
         for call in calls
     ]
-
-
-__all__ = ["Conversation", "RefusedError", "Said", "describe_calls", "read_conversation", "read_said"]

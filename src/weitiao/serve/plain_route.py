@@ -45,7 +45,9 @@ def ask_plain(model: ServedModel, prompt: str | list[int], request: CompletionRe
             code="context_length_exceeded",
         )
     record = model.plain_record(prompt if isinstance(prompt, str) else str(tokenizer.decode(tokens)))
-    return Ask(prompt_ids=tuple(tokens), tools=(), constraint=None, limit=limit, task=None, record=record, held=False)
+    return Ask(
+        prompt_ids=tuple(tokens), tools=(), constraint=None, limit=limit, task=None, record=record, as_evaluated=False
+    )
 
 
 @dataclass(kw_only=True)
@@ -69,25 +71,28 @@ class PlainReply:
         """The reply as one object. Raises RefusedError when the model could not finish it."""
         choices: list[dict[str, Any]] = []
         usages: list[list[Usage]] = []
-        for number, (ask, tickets) in enumerate(zip(self.asks, self.tickets, strict=True)):
-            growing = [_Growing() for _ in tickets]
-            found: list[dict[str, Any]] = [{} for _ in tickets]
-            usages.append([])
-            async with aclosing(self._follow(ask, tickets)) as events:
-                async for event in events:
-                    one = growing[event.index]
-                    if isinstance(event, More):
-                        one.tokens += event.tokens
-                        continue
-                    usages[-1].append(event.usage)
-                    self.server.note_answer(self.heading.id, self.model, ask, event, ticket=tickets[event.index])
-                    found[event.index] = {
-                        "index": number * len(tickets) + event.index,
-                        "text": self._echo(ask) + event.text,
-                        "logprobs": self._logprobs(one.tokens, offset=0),
-                        "finish_reason": event.finish,
-                    }
-            choices += found
+        try:
+            for number, (ask, tickets) in enumerate(zip(self.asks, self.tickets, strict=True)):
+                growing = [_Growing() for _ in tickets]
+                found: list[dict[str, Any]] = [{} for _ in tickets]
+                usages.append([])
+                async with aclosing(self._follow(ask, tickets)) as events:
+                    async for event in events:
+                        one = growing[event.index]
+                        if isinstance(event, More):
+                            one.tokens += event.tokens
+                            continue
+                        usages[-1].append(event.usage)
+                        self.server.note_answer(self.heading.id, self.model, ask, event, ticket=tickets[event.index])
+                        found[event.index] = {
+                            "index": number * len(tickets) + event.index,
+                            "text": self._echo(ask) + event.text,
+                            "logprobs": self._logprobs(one.tokens, offset=0),
+                            "finish_reason": event.finish,
+                        }
+                choices += found
+        finally:
+            self._cancel()  # where one prompt failed, nobody waits for the others
         return {**self.heading.shape("text_completion"), "choices": choices, "usage": _sum(usages)}
 
     async def stream(self) -> AsyncGenerator[bytes]:
@@ -121,10 +126,14 @@ class PlainReply:
         except RefusedError as refused:
             yield sse(refused.body)
         finally:
-            for tickets in self.tickets:
-                for ticket in tickets:
-                    ticket.cancel()
+            self._cancel()
         yield DONE
+
+    def _cancel(self) -> None:
+        """Let go what is still running."""
+        for tickets in self.tickets:
+            for ticket in tickets:
+                ticket.cancel()
 
     def _follow(self, ask: Ask, tickets: Sequence[Ticket]) -> AsyncGenerator[More | Ended]:
         return follow_all(tickets, ask, self.model.opened.renderer, stops=self.request.stops)

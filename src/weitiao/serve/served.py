@@ -52,8 +52,8 @@ class Ask:
     """The task it was recognised as; None for free conversation."""
     record: Record
     """The request as a row without an answer."""
-    held: bool
-    """Whether the answer is held to `task`'s own form."""
+    as_evaluated: bool
+    """Whether it is asked as evaluation asks rows of `task`, so that the answer is one of the task's."""
     notes: tuple[str, ...] = ()
     """What was done to the request, as sentences."""
     grammar: str | None = None
@@ -105,7 +105,6 @@ class ServedModel:
                 'out, or set tool_choice to "none".',
                 param="response_format",
             )
-        held = False
         grammar: str | None = None
         if forced:
             name = chosen.function.name if isinstance(chosen, NamedTool) else None
@@ -116,11 +115,11 @@ class ServedModel:
             grammar = _schema_grammar({"type": "object"})
         elif isinstance(formed, JsonSchemaFormat):
             grammar = _schema_grammar(_checked(formed.json_schema.schema_))
-        elif formed is None and task is not None and self._constrains and not conversation.tools:
+        elif formed is None and task is not None and not conversation.tools:
             return self.ask_record(record, task, most_tokens=request.most_tokens)
         else:
             assert formed is None or isinstance(formed, TextFormat)
-        return self._ask(record, task, grammar, held=held, most_tokens=request.most_tokens)
+        return self._ask(record, task, grammar, as_evaluated=False, most_tokens=request.most_tokens)
 
     def ask_text(self, text: str, task: Task, *, most_tokens: int | None = None) -> Ask:
         """What asking `task` of a bare `text` comes to, in the wording that most of its rows had."""
@@ -144,7 +143,7 @@ class ServedModel:
         except FormError as error:
             raise bad_request(str(error), param="messages") from None
         notes = tuple(line.removeprefix("note: ") for line in told.getvalue().splitlines())
-        return self._ask(prepared, task, grammar, held=grammar is not None, most_tokens=most_tokens, notes=notes)
+        return self._ask(prepared, task, grammar, as_evaluated=True, most_tokens=most_tokens, notes=notes)
 
     def plain_record(self, text: str) -> Record:
         """A plain text that is to go on, as a row."""
@@ -160,7 +159,7 @@ class ServedModel:
         task: Task | None,
         grammar: str | None,
         *,
-        held: bool,
+        as_evaluated: bool,
         most_tokens: int | None,
         notes: tuple[str, ...] = (),
     ) -> Ask:
@@ -189,7 +188,7 @@ class ServedModel:
             limit=most_tokens if most_tokens is not None else min(usual, room),
             task=task,
             record=record,
-            held=held,
+            as_evaluated=as_evaluated,
             notes=notes,
             grammar=grammar,
             before=renderer.before_answer(record.tools),

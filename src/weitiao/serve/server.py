@@ -19,7 +19,7 @@ from .backend import Backend
 from .choices import Ended
 from .feedback import Feedback, Given
 from .figures import Figures
-from .problems import RefusedError, bad_request, no_model, shutting_down, too_busy
+from .problems import bad_request, no_model, shutting_down, too_busy
 from .protocol import SamplingShape
 from .requests import BusyError, ClosedError, Request, Ticket, UnfitError
 from .served import Ask, ServedModel
@@ -53,10 +53,16 @@ class Server:
     def submit(
         self, ask: Ask, asked: SamplingShape | None, model: ServedModel, *, key: str, num_top: int = 0
     ) -> list[Ticket]:
-        """Hand the choices of a request to the worker.
+        """Hand the choices of a request to the worker. As `submit_all` for one prompt."""
+        return self.submit_all([ask], asked, model, key=key, num_top=num_top)[0]
+
+    def submit_all(
+        self, asks: Sequence[Ask], asked: SamplingShape | None, model: ServedModel, *, key: str, num_top: int = 0
+    ) -> list[list[Ticket]]:
+        """Hand the choices of every one of a request's prompts to the worker, all or none.
 
         Args:
-            ask: what is asked.
+            asks: what is asked, one for each prompt.
             asked: how it is to be sampled; None: as the model was scored, once.
             model: who is asked.
             key: whose request it is.
@@ -66,11 +72,11 @@ class Server:
             RefusedError: the queue is full (429), the server closes (503), or the request can never be run (400).
         """
         sampling, steering = _sampling_of(asked, model, num_top)
-        stop_ids = model.opened.renderer.stop_ids
+        num_choices = (asked.n if asked is not None else None) or 1
         requests = [
             Request(
                 prompt_ids=ask.prompt_ids,
-                stop_ids=stop_ids,
+                stop_ids=model.opened.renderer.stop_ids,
                 limit=ask.limit,
                 sampling=sampling,
                 steering=steering,
@@ -81,39 +87,41 @@ class Server:
                 choice=choice,
                 key=key,
             )
-            for choice in range((asked.n if asked is not None else None) or 1)
+            for ask in asks
+            for choice in range(num_choices)
         ]
-        return self.submit_requests(requests)
-
-    def submit_requests(self, requests: Sequence[Request]) -> list[Ticket]:
-        """Hand requests to the worker, all or none. Raises as `submit`."""
         try:
-            return self.worker.submit_all(requests)
+            tickets = self.worker.submit_all(requests)
         except BusyError as busy:
             raise too_busy(self.worker.stats().queued, busy.retry_after_s) from None
         except ClosedError:
             raise shutting_down() from None
         except UnfitError as error:
             raise bad_request(str(error), param="messages") from None
+        return [tickets[first : first + num_choices] for first in range(0, len(tickets), num_choices)]
 
     def read_answer(self, model: ServedModel, ask: Ask, reply: Reply) -> dict[str, Any]:
         """What `reply` is worth as an answer of the task: the keys of a line of `weitiao predict`."""
         assert ask.task is not None, "free conversation has no answers"
         return calibrated(read_reply(ask.record, ask.task, reply), model.calibration)
 
-    def note_answer(self, answer_id: str, model: ServedModel, ask: Ask, ended: Ended, *, ticket: Ticket) -> None:
-        """Count an answer, and remember it for who wants to rate it."""
+    def note_answer(self, reply_id: str, model: ServedModel, ask: Ask, ended: Ended, *, ticket: Ticket) -> None:
+        """Count an answer, and remember it for who wants to rate it.
+
+        The first choice of a reply is rated by the reply's id, another one by that and its number: ``ID.1``.
+        """
         seconds = (ticket.ended or time.monotonic()) - ticket.submitted
         self.figures.tokens.labels(model.name, "prompt").inc(ended.usage.prompt_tokens)
         self.figures.tokens.labels(model.name, "completion").inc(ended.usage.completion_tokens)
         if ticket.first_token is not None:
             self.figures.first.observe(ticket.first_token - ticket.submitted)
-        if ask.task is not None and ask.held and ended.reply is not None:
+        if ask.task is not None and ask.as_evaluated and ended.reply is not None:
             line = self.read_answer(model, ask, ended.reply)
             self.figures.answered(
                 model.name, ask.task.name, valid=line["valid"], confidence=line["confidence"], seconds=seconds
             )
-        task = ask.task if ask.held else None
+        task = ask.task if ask.as_evaluated else None
+        answer_id = f"{reply_id}.{ended.index}" if ended.index else reply_id
         self.feedback.remember(answer_id, Given(model=model.name, record=ask.record, task=task, text=ended.text))
 
 
@@ -136,6 +144,3 @@ def _sampling_of(asked: SamplingShape | None, model: ServedModel, num_top: int) 
         num_top=num_top,
     )
     return sampling, steering
-
-
-__all__ = ["RefusedError", "Server"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any
 
 from pydantic import Field
@@ -93,9 +94,10 @@ async def answer_task(
     """The typed answer to one text. Raises RefusedError when the model could not finish it."""
     assert ask.task is not None, "a task was asked"
     started = time.monotonic()
-    async for event in follow_all(tickets, ask, model.opened.renderer, stops=()):
-        if isinstance(event, Ended):
-            break
+    async with aclosing(follow_all(tickets, ask, model.opened.renderer, stops=())) as events:
+        async for event in events:
+            if isinstance(event, Ended):
+                break
     assert isinstance(event, Ended) and event.reply is not None, "without stop texts every answer is whole"
     server.note_answer(heading.id, model, ask, event, ticket=tickets[0])
     line = server.read_answer(model, ask, event.reply)

@@ -113,6 +113,11 @@ class Worker:
     def submit_all(self, requests: Sequence[Request]) -> list[Ticket]:
         """The same of several, all or none: n answers to one prompt, which is computed once. Raises as `submit`."""
         prefixes = [self._check(request) for request in requests]
+        if len(requests) > self.limits.max_queue:
+            raise UnfitError(
+                f"{len(requests)} answers are asked for at once, but {self.limits.max_queue} requests can wait here. "
+                "Ask for fewer."
+            )
         with self._lock:
             if self._closing or self._death:
                 raise ClosedError(self._death or "The server is shutting down and takes no more requests.")
